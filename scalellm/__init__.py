@@ -1,0 +1,3 @@
+"""One decoder, every way to train it, the same loss."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,284 @@
+"""The typed configuration of a run: YAML, then `key.sub=value` overrides, validated, then frozen.
+
+Every field states its unit and meaning here and only here: the help text, the JSON schema and the
+error messages are drawn from these classes. Options of a strategy live in the strategy's own file
+(`strategies/<name>.py`), so `StrategyConfig` keeps them unread until that file validates them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from scalellm.config.explain import explain
+from scalellm.config.presets import PRESETS
+from scalellm.config.yaml_text import merge_overrides, read_yaml
+from scalellm.errors import ConfigError, did_you_mean
+
+
+def _field(default: Any, description: str, *, unit: str = "", **limits: Any) -> Any:
+    return Field(default, description=description, json_schema_extra={"unit": unit}, **limits)
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    dir: Path = _field(Path("runs/default"), "folder of this run: metrics, checkpoints, plots")
+    seed: int = _field(0, "seed of initialisation, sample order and dropout", ge=0, lt=2**63)
+    device: Literal["auto", "cpu", "cuda"] = _field("auto", "where to train; auto prefers cuda")
+    threads: int = _field(0, "CPU threads per rank; 0: cores / local ranks", unit="threads", ge=0)
+
+
+class DataConfig(Section):
+    path: Path = _field(Path("data/stdlib"), "dataset folder written by `scalellm prepare`")
+    lanes: int = _field(64, "blocks of samples interleaved by the shuffle", unit="blocks", ge=1)
+    decode_threads: int = _field(1, "decode-ahead threads", unit="threads", ge=0, le=64)
+    document_mask: bool = _field(False, "keep attention and positions inside each document")
+
+
+class ModelConfig(Section):
+    """The decoder's shape. `preset` fills what is not given; see `presets.py`."""
+
+    preset: str | None = _field(None, "named shape: " + ", ".join(PRESETS))
+    num_layers: int = _field(2, "decoder blocks", unit="layers", ge=1, le=4096)
+    hidden_size: int = _field(64, "width of the residual stream", unit="features", ge=1)
+    num_heads: int = _field(4, "attention heads", unit="heads", ge=1)
+    num_kv_heads: int | None = _field(
+        None, "key/value heads; null: as many as num_heads (MHA), fewer: GQA", unit="heads", ge=1
+    )
+    head_dim: int | None = _field(None, "null: hidden_size / num_heads", unit="features", ge=2)
+    intermediate_size: int | None = _field(
+        None, "MLP width; null: 4 x hidden for gelu, 8/3 x hidden for swiglu", unit="features", ge=1
+    )
+    vocab_size: int | None = _field(None, "null: the dataset's", unit="tokens", ge=2, le=2**31 - 1)
+    seq_len: int = _field(128, "context length of a sample", unit="tokens", ge=1)
+    norm: Literal["rmsnorm", "layernorm"] = _field("rmsnorm", "normalisation")
+    norm_position: Literal["pre", "post"] = _field("pre", "before or after each sub-layer")
+    norm_eps: float = _field(1e-5, "added to the variance", gt=0)
+    positions: Literal["rope", "learned", "sinusoidal"] = _field("rope", "position encoding")
+    rope_theta: float = _field(10000.0, "base of the rotary frequencies", gt=1)
+    mlp: Literal["swiglu", "gelu"] = _field("swiglu", "feed-forward")
+    bias: bool = _field(False, "biases in the linear layers and LayerNorm")
+    tie_embeddings: bool = _field(True, "output projection shares the token embedding")
+    dropout: float = _field(0.0, "probability, on embeddings and residuals", ge=0, lt=1)
+    init_std: float = _field(0.02, "standard deviation of the initial weights", gt=0)
+    attention: Literal["auto", "sdpa", "explicit"] = _field("auto", "attention kernel")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("preset") is None:
+            return given
+        name = given["preset"]
+        if name not in PRESETS:
+            near = did_you_mean(str(name), PRESETS)
+            raise ValueError(f"{name!r} is no preset{near}; presets: {', '.join(PRESETS)}")
+        return {**PRESETS[name], **given}
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> ModelConfig:
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            low = self.hidden_size // self.num_heads * self.num_heads
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}; "
+                f"try hidden_size={low or self.num_heads} or {low + self.num_heads}"
+            )
+        if self.num_heads % self.kv_heads:
+            fits = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            raise ValueError(
+                f"num_kv_heads={self.kv_heads} does not divide num_heads={self.num_heads}; "
+                f"try one of {', '.join(map(str, fits))}"
+            )
+        if self.positions == "rope" and self.head_size % 2:
+            raise ValueError(f"rope needs an even head size, not {self.head_size} features")
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def mlp_size(self) -> int:
+        """Width of the MLP in features; SwiGLU's 8/3 is rounded up to a multiple of 32."""
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        if self.mlp == "gelu":
+            return 4 * self.hidden_size
+        return -(-8 * self.hidden_size // 3 // 32) * 32
+
+
+class StrategyConfig(BaseModel):
+    """`name` is the file under `strategies/`; its own options stand beside it, checked there."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str = _field("single", "how the ranks train together: a file name under strategies/")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class ClusterConfig(Section):
+    name: Literal["local"] = _field("local", "who starts the ranks")
+
+
+class TrainConfig(Section):
+    steps: int = _field(500, "optimizer steps of the whole run", unit="steps", ge=1)
+    global_batch_size: int = _field(
+        32, "samples of seq_len tokens per optimizer step, over all ranks", unit="samples", ge=1
+    )
+    micro_batch_size: int | None = _field(
+        None, "samples per rank and forward; null: no accumulation", unit="samples", ge=1
+    )
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = _field("fp32", "bf16, fp16: autocast")
+    learning_rate: float = _field(3e-3, "peak of the schedule", unit="per step", gt=0)
+    min_learning_rate: float = _field(0.0, "end of the schedule", unit="per step", ge=0)
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = _field("cosine", "after the warm-up")
+    warmup_steps: int = _field(0, "linear warm-up", unit="steps", ge=0)
+    decay_steps: int | None = _field(
+        None, "length of wsd's final decay; null: a fifth of steps", unit="steps", ge=0
+    )
+    weight_decay: float = _field(0.1, "on matrices only, not on biases and norms", ge=0)
+    beta1: float = _field(0.9, "AdamW's first moment", ge=0, lt=1)
+    beta2: float = _field(0.95, "AdamW's second moment", ge=0, lt=1)
+    eps: float = _field(1e-8, "AdamW's epsilon", gt=0)
+    grad_clip: float = _field(1.0, "largest global gradient norm; 0: no clipping", ge=0)
+    compile: bool = _field(False, "torch.compile each decoder block")
+    activation_checkpointing: Literal["none", "selective", "full"] = _field(
+        "none", "recompute in the backward: nothing, all but matrix products, whole blocks"
+    )
+    max_nonfinite_steps: int = _field(
+        10, "give up after so many skipped steps in a row", unit="steps", ge=1
+    )
+    log_every_steps: int = _field(1, "rows in metrics.jsonl", unit="steps", ge=1)
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> TrainConfig:
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} is more than steps={self.steps}; "
+                f"try warmup_steps={self.steps // 10}"
+            )
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate={self.min_learning_rate:g} is above "
+                f"learning_rate={self.learning_rate:g}; lower it"
+            )
+        if self.schedule == "wsd" and self.warmup_steps + self.wsd_decay_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} + decay_steps={self.wsd_decay_steps} is more "
+                f"than steps={self.steps}; shorten one of them"
+            )
+        return self
+
+    @property
+    def wsd_decay_steps(self) -> int:
+        return self.steps // 5 if self.decay_steps is None else self.decay_steps
+
+
+class EvalConfig(Section):
+    every_steps: int = _field(0, "validation loss; 0: only at the end", unit="steps", ge=0)
+    max_samples: int | None = _field(
+        None, "of the validation split; null: all of it", unit="samples", ge=1
+    )
+    batch_size: int | None = _field(
+        None, "samples per rank and forward; null: micro_batch_size", unit="samples", ge=1
+    )
+    early_stop_patience: int = _field(
+        0, "stop after so many evaluations without improvement; 0: never", unit="evaluations", ge=0
+    )
+    early_stop_min_delta: float = _field(0.0, "smallest improvement", unit="nats per token", ge=0)
+    sample_prompt: str | None = _field(None, "shown continued at the end of the run")
+    sample_tokens: int = _field(200, "length of that sample", unit="tokens", ge=1)
+
+
+class CheckpointConfig(Section):
+    every_steps: int = _field(0, "0: only at the end", unit="steps", ge=0)
+    keep: int = _field(2, "newest complete checkpoints kept", unit="checkpoints", ge=1)
+
+
+class WandbConfig(Section):
+    project: str = _field("scalellm", "W&B project")
+    entity: str | None = _field(None, "W&B team or user; null: your default")
+    name: str | None = _field(None, "name of the run; null: the run folder's")
+    mode: Literal["online", "offline"] = _field("online", "offline: written to the run folder only")
+
+
+class MetricsConfig(Section):
+    tensorboard: bool = _field(True, "event files under tensorboard/ in the run folder")
+    wandb: WandbConfig | None = _field(None, "Weights & Biases; null: off")
+
+
+class Config(Section):
+    """A whole run. Load it with `load_config`; it is frozen after validation."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+    def batches(self, world_size: int) -> BatchPlan:
+        """Splits the global batch over `world_size` ranks; ConfigError if it does not divide."""
+        return BatchPlan.of(self.train.global_batch_size, self.train.micro_batch_size, world_size)
+
+
+class BatchPlan(Section):
+    """How one optimizer step's samples are split: global = micro x accumulation x world_size."""
+
+    micro_batch_size: int
+    grad_accumulation: int
+    world_size: int
+
+    @classmethod
+    def of(cls, global_batch: int, micro_batch: int | None, world_size: int) -> BatchPlan:
+        unit = world_size * (micro_batch or 1)
+        if global_batch % unit:
+            low = global_batch // unit * unit
+            fits = " or ".join(str(size) for size in (low, low + unit) if size)
+            terms = "world_size" if micro_batch is None else "micro_batch_size x world_size"
+            numbers = f"{world_size}" if micro_batch is None else f"{micro_batch} x {world_size}"
+            raise ConfigError(
+                f"train.global_batch_size={global_batch} samples is not a multiple of "
+                f"{terms} = {numbers} = {unit}; try {fits}"
+            )
+        micro = micro_batch or global_batch // world_size
+        return cls(
+            micro_batch_size=micro,
+            grad_accumulation=global_batch // (micro * world_size),
+            world_size=world_size,
+        )
+
+
+def parse_config(values: dict[str, Any], *, source: str = "config") -> Config:
+    """Validates plain values. Raises ConfigError: one sentence, with the nearest right key."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(explain(error, Config, source)) from None
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and applies `key.sub=value` overrides (values are YAML too).
+
+    Raises:
+        ConfigError: unreadable file, unknown key, wrong type or impossible value.
+    """
+    values = merge_overrides(read_yaml(Path(path)), overrides)
+    return parse_config(values, source=str(path))
