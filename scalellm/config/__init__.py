@@ -15,6 +15,7 @@ from scalellm.config.schema import (
     TrainConfig,
     load_config,
     parse_config,
+    setting,
 )
 from scalellm.config.yaml_text import read_yaml
 
@@ -34,4 +35,5 @@ __all__ = [
     "load_config",
     "parse_config",
     "read_yaml",
+    "setting",
 ]

@@ -19,7 +19,8 @@ from scalellm.config.yaml_text import merge_overrides, read_yaml
 from scalellm.errors import ConfigError, did_you_mean
 
 
-def _field(default: Any, description: str, *, unit: str = "", **limits: Any) -> Any:
+def setting(default: Any, description: str, *, unit: str = "", **limits: Any) -> Any:
+    """A documented field: its meaning and unit, shown by `--help` and in error messages."""
     return Field(default, description=description, json_schema_extra={"unit": unit}, **limits)
 
 
@@ -30,46 +31,46 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    dir: Path = _field(Path("runs/default"), "folder of this run: metrics, checkpoints, plots")
-    seed: int = _field(0, "seed of initialisation, sample order and dropout", ge=0, lt=2**63)
-    device: Literal["auto", "cpu", "cuda"] = _field("auto", "where to train; auto prefers cuda")
-    threads: int = _field(0, "CPU threads per rank; 0: cores / local ranks", unit="threads", ge=0)
+    dir: Path = setting(Path("runs/default"), "folder of this run: metrics, checkpoints, plots")
+    seed: int = setting(0, "seed of initialisation, sample order and dropout", ge=0, lt=2**63)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train; auto prefers cuda")
+    threads: int = setting(0, "CPU threads per rank; 0: cores / local ranks", unit="threads", ge=0)
 
 
 class DataConfig(Section):
-    path: Path = _field(Path("data/stdlib"), "dataset folder written by `scalellm prepare`")
-    lanes: int = _field(64, "blocks of samples interleaved by the shuffle", unit="blocks", ge=1)
-    decode_threads: int = _field(1, "decode-ahead threads", unit="threads", ge=0, le=64)
-    document_mask: bool = _field(False, "keep attention and positions inside each document")
+    path: Path = setting(Path("data/stdlib"), "dataset folder written by `scalellm prepare`")
+    lanes: int = setting(64, "blocks of samples interleaved by the shuffle", unit="blocks", ge=1)
+    decode_threads: int = setting(1, "decode-ahead threads", unit="threads", ge=0, le=64)
+    document_mask: bool = setting(False, "keep attention and positions inside each document")
 
 
 class ModelConfig(Section):
     """The decoder's shape. `preset` fills what is not given; see `presets.py`."""
 
-    preset: str | None = _field(None, "named shape: " + ", ".join(PRESETS))
-    num_layers: int = _field(2, "decoder blocks", unit="layers", ge=1, le=4096)
-    hidden_size: int = _field(64, "width of the residual stream", unit="features", ge=1)
-    num_heads: int = _field(4, "attention heads", unit="heads", ge=1)
-    num_kv_heads: int | None = _field(
+    preset: str | None = setting(None, "named shape: " + ", ".join(PRESETS))
+    num_layers: int = setting(2, "decoder blocks", unit="layers", ge=1, le=4096)
+    hidden_size: int = setting(64, "width of the residual stream", unit="features", ge=1)
+    num_heads: int = setting(4, "attention heads", unit="heads", ge=1)
+    num_kv_heads: int | None = setting(
         None, "key/value heads; null: as many as num_heads (MHA), fewer: GQA", unit="heads", ge=1
     )
-    head_dim: int | None = _field(None, "null: hidden_size / num_heads", unit="features", ge=2)
-    intermediate_size: int | None = _field(
+    head_dim: int | None = setting(None, "null: hidden_size / num_heads", unit="features", ge=2)
+    intermediate_size: int | None = setting(
         None, "MLP width; null: 4 x hidden for gelu, 8/3 x hidden for swiglu", unit="features", ge=1
     )
-    vocab_size: int | None = _field(None, "null: the dataset's", unit="tokens", ge=2, le=2**31 - 1)
-    seq_len: int = _field(128, "context length of a sample", unit="tokens", ge=1)
-    norm: Literal["rmsnorm", "layernorm"] = _field("rmsnorm", "normalisation")
-    norm_position: Literal["pre", "post"] = _field("pre", "before or after each sub-layer")
-    norm_eps: float = _field(1e-5, "added to the variance", gt=0)
-    positions: Literal["rope", "learned", "sinusoidal"] = _field("rope", "position encoding")
-    rope_theta: float = _field(10000.0, "base of the rotary frequencies", gt=1)
-    mlp: Literal["swiglu", "gelu"] = _field("swiglu", "feed-forward")
-    bias: bool = _field(False, "biases in the linear layers and LayerNorm")
-    tie_embeddings: bool = _field(True, "output projection shares the token embedding")
-    dropout: float = _field(0.0, "probability, on embeddings and residuals", ge=0, lt=1)
-    init_std: float = _field(0.02, "standard deviation of the initial weights", gt=0)
-    attention: Literal["auto", "sdpa", "explicit"] = _field("auto", "attention kernel")
+    vocab_size: int | None = setting(None, "null: the dataset's", unit="tokens", ge=2, le=2**31 - 1)
+    seq_len: int = setting(128, "context length of a sample", unit="tokens", ge=1)
+    norm: Literal["rmsnorm", "layernorm"] = setting("rmsnorm", "normalisation")
+    norm_position: Literal["pre", "post"] = setting("pre", "before or after each sub-layer")
+    norm_eps: float = setting(1e-5, "added to the variance", gt=0)
+    positions: Literal["rope", "learned", "sinusoidal"] = setting("rope", "position encoding")
+    rope_theta: float = setting(10000.0, "base of the rotary frequencies", gt=1)
+    mlp: Literal["swiglu", "gelu"] = setting("swiglu", "feed-forward")
+    bias: bool = setting(False, "biases in the linear layers and LayerNorm")
+    tie_embeddings: bool = setting(True, "output projection shares the token embedding")
+    dropout: float = setting(0.0, "probability, on embeddings and residuals", ge=0, lt=1)
+    init_std: float = setting(0.02, "standard deviation of the initial weights", gt=0)
+    attention: Literal["auto", "sdpa", "explicit"] = setting("auto", "attention kernel")
 
     @model_validator(mode="before")
     @classmethod
@@ -123,7 +124,7 @@ class StrategyConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    name: str = _field("single", "how the ranks train together: a file name under strategies/")
+    name: str = setting("single", "how the ranks train together: a file name under strategies/")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -131,38 +132,40 @@ class StrategyConfig(BaseModel):
 
 
 class ClusterConfig(Section):
-    name: Literal["local"] = _field("local", "who starts the ranks")
+    name: Literal["local"] = setting("local", "who starts the ranks")
 
 
 class TrainConfig(Section):
-    steps: int = _field(500, "optimizer steps of the whole run", unit="steps", ge=1)
-    global_batch_size: int = _field(
+    steps: int = setting(500, "optimizer steps of the whole run", unit="steps", ge=1)
+    global_batch_size: int = setting(
         32, "samples of seq_len tokens per optimizer step, over all ranks", unit="samples", ge=1
     )
-    micro_batch_size: int | None = _field(
+    micro_batch_size: int | None = setting(
         None, "samples per rank and forward; null: no accumulation", unit="samples", ge=1
     )
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] = _field("fp32", "bf16, fp16: autocast")
-    learning_rate: float = _field(3e-3, "peak of the schedule", unit="per step", gt=0)
-    min_learning_rate: float = _field(0.0, "end of the schedule", unit="per step", ge=0)
-    schedule: Literal["constant", "cosine", "linear", "wsd"] = _field("cosine", "after the warm-up")
-    warmup_steps: int = _field(0, "linear warm-up", unit="steps", ge=0)
-    decay_steps: int | None = _field(
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = setting("fp32", "bf16, fp16: autocast")
+    learning_rate: float = setting(3e-3, "peak of the schedule", unit="per step", gt=0)
+    min_learning_rate: float = setting(0.0, "end of the schedule", unit="per step", ge=0)
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = setting(
+        "cosine", "after the warm-up"
+    )
+    warmup_steps: int = setting(0, "linear warm-up", unit="steps", ge=0)
+    decay_steps: int | None = setting(
         None, "length of wsd's final decay; null: a fifth of steps", unit="steps", ge=0
     )
-    weight_decay: float = _field(0.1, "on matrices only, not on biases and norms", ge=0)
-    beta1: float = _field(0.9, "AdamW's first moment", ge=0, lt=1)
-    beta2: float = _field(0.95, "AdamW's second moment", ge=0, lt=1)
-    eps: float = _field(1e-8, "AdamW's epsilon", gt=0)
-    grad_clip: float = _field(1.0, "largest global gradient norm; 0: no clipping", ge=0)
-    compile: bool = _field(False, "torch.compile each decoder block")
-    activation_checkpointing: Literal["none", "selective", "full"] = _field(
+    weight_decay: float = setting(0.1, "on matrices only, not on biases and norms", ge=0)
+    beta1: float = setting(0.9, "AdamW's first moment", ge=0, lt=1)
+    beta2: float = setting(0.95, "AdamW's second moment", ge=0, lt=1)
+    eps: float = setting(1e-8, "AdamW's epsilon", gt=0)
+    grad_clip: float = setting(1.0, "largest global gradient norm; 0: no clipping", ge=0)
+    compile: bool = setting(False, "torch.compile each decoder block")
+    activation_checkpointing: Literal["none", "selective", "full"] = setting(
         "none", "recompute in the backward: nothing, all but matrix products, whole blocks"
     )
-    max_nonfinite_steps: int = _field(
+    max_nonfinite_steps: int = setting(
         10, "give up after so many skipped steps in a row", unit="steps", ge=1
     )
-    log_every_steps: int = _field(1, "rows in metrics.jsonl", unit="steps", ge=1)
+    log_every_steps: int = setting(1, "rows in metrics.jsonl", unit="steps", ge=1)
 
     @model_validator(mode="after")
     def _check_schedule(self) -> TrainConfig:
@@ -189,36 +192,38 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    every_steps: int = _field(0, "validation loss; 0: only at the end", unit="steps", ge=0)
-    max_samples: int | None = _field(
+    every_steps: int = setting(0, "validation loss; 0: only at the end", unit="steps", ge=0)
+    max_samples: int | None = setting(
         None, "of the validation split; null: all of it", unit="samples", ge=1
     )
-    batch_size: int | None = _field(
+    batch_size: int | None = setting(
         None, "samples per rank and forward; null: micro_batch_size", unit="samples", ge=1
     )
-    early_stop_patience: int = _field(
+    early_stop_patience: int = setting(
         0, "stop after so many evaluations without improvement; 0: never", unit="evaluations", ge=0
     )
-    early_stop_min_delta: float = _field(0.0, "smallest improvement", unit="nats per token", ge=0)
-    sample_prompt: str | None = _field(None, "shown continued at the end of the run")
-    sample_tokens: int = _field(200, "length of that sample", unit="tokens", ge=1)
+    early_stop_min_delta: float = setting(0.0, "smallest improvement", unit="nats per token", ge=0)
+    sample_prompt: str | None = setting(None, "shown continued at the end of the run")
+    sample_tokens: int = setting(200, "length of that sample", unit="tokens", ge=1)
 
 
 class CheckpointConfig(Section):
-    every_steps: int = _field(0, "0: only at the end", unit="steps", ge=0)
-    keep: int = _field(2, "newest complete checkpoints kept", unit="checkpoints", ge=1)
+    every_steps: int = setting(0, "0: only at the end", unit="steps", ge=0)
+    keep: int = setting(2, "newest complete checkpoints kept", unit="checkpoints", ge=1)
 
 
 class WandbConfig(Section):
-    project: str = _field("scalellm", "W&B project")
-    entity: str | None = _field(None, "W&B team or user; null: your default")
-    name: str | None = _field(None, "name of the run; null: the run folder's")
-    mode: Literal["online", "offline"] = _field("online", "offline: written to the run folder only")
+    project: str = setting("scalellm", "W&B project")
+    entity: str | None = setting(None, "W&B team or user; null: your default")
+    name: str | None = setting(None, "name of the run; null: the run folder's")
+    mode: Literal["online", "offline"] = setting(
+        "online", "offline: written to the run folder only"
+    )
 
 
 class MetricsConfig(Section):
-    tensorboard: bool = _field(True, "event files under tensorboard/ in the run folder")
-    wandb: WandbConfig | None = _field(None, "Weights & Biases; null: off")
+    tensorboard: bool = setting(True, "event files under tensorboard/ in the run folder")
+    wandb: WandbConfig | None = setting(None, "Weights & Biases; null: off")
 
 
 class Config(Section):

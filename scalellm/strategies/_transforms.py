@@ -1,0 +1,56 @@
+"""What is done to a decoder from outside, block by block, whatever the strategy.
+
+Order matters: activation checkpointing first, then compile, then a strategy's own sharding.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from scalellm.config import TrainConfig
+
+_WRAPPER_NAMES = ("_checkpoint_wrapped_module", "_orig_mod", "module", "_fsdp_wrapped_module")
+
+# Dear to compute again and small to keep: the rest of a block is element-wise.
+_SAVED_OPS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def canonical_fqn(name: str) -> str:
+    """The parameter's name in the bare model: wrappers' own path segments removed."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_NAMES)
+
+
+def apply_transforms(model: nn.Module, train: TrainConfig) -> None:
+    """Checkpoints and compiles the blocks in `model.layers`, in place."""
+    layers = model.get_submodule("layers")
+    if train.activation_checkpointing != "none":
+        for index, block in layers.named_children():
+            layers.register_module(index, _checkpointed(block, train.activation_checkpointing))
+    if train.compile:
+        for block in layers.children():
+            block.compile()
+
+
+def _checkpointed(block: nn.Module, mode: str) -> nn.Module:
+    kwargs: dict[str, Any] = {}
+    if mode == "selective":
+        kwargs["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+    return checkpoint_wrapper(block, preserve_rng_state=True, **kwargs)
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    keep = op in _SAVED_OPS
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
