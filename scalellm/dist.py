@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 import torch.distributed as tdist
 
-from scalellm.errors import ConfigError
+from scalellm.errors import ConfigError, RankError
 
 CPU = torch.device("cpu")
 TIMEOUT = timedelta(minutes=10)
@@ -101,12 +101,14 @@ def ranks(
     world = detect()
     world = replace(world, device=_pick_device(device, world.local_rank))
     torch.set_num_threads(threads or max(1, available_cores() // world.local_world_size))
-    if process_group or world.world_size > 1:
+    # A cluster or a test may have made the group already; then it is theirs to destroy.
+    is_ours = (process_group or world.world_size > 1) and not tdist.is_initialized()
+    if is_ours:
         _init_process_group(world)
     try:
         yield world
     finally:
-        if tdist.is_initialized():
+        if is_ours:
             tdist.destroy_process_group()
 
 
@@ -116,7 +118,7 @@ def _pick_device(wanted: str, local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         raise ConfigError("run.device=cuda, but torch sees no CUDA device; use run.device=cpu")
     if local_rank >= torch.cuda.device_count():
-        raise ConfigError(
+        raise RankError(
             f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}; "
             "start at most so many ranks on it"
         )

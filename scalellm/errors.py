@@ -23,12 +23,20 @@ class ConfigError(UserError):
     """A configuration that cannot be run: unknown key, wrong type, impossible arithmetic."""
 
 
+class RankError(ConfigError):
+    """A mistake that only some ranks can see: each of them says so, not rank 0 alone."""
+
+
 class DataError(UserError):
     """A source or dataset that cannot be trusted: damaged, lying, empty, or of another format."""
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be loaded: damaged, incomplete, or of another model."""
+
+
+class DivergedError(Exception):
+    """Training gave up: shown as one sentence, but nobody's typing mistake (exit code 1)."""
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:

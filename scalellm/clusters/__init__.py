@@ -1,0 +1,1 @@
+"""Who starts the ranks. Strategies do not know which one did."""

@@ -258,10 +258,10 @@ class BatchPlan(Section):
             low = global_batch // unit * unit
             fits = " or ".join(str(size) for size in (low, low + unit) if size)
             terms = "world_size" if micro_batch is None else "micro_batch_size x world_size"
-            numbers = f"{world_size}" if micro_batch is None else f"{micro_batch} x {world_size}"
+            numbers = f"{unit}" if micro_batch is None else f"{micro_batch} x {world_size} = {unit}"
             raise ConfigError(
                 f"train.global_batch_size={global_batch} samples is not a multiple of "
-                f"{terms} = {numbers} = {unit}; try {fits}"
+                f"{terms} = {numbers}; try {fits}"
             )
         micro = micro_batch or global_batch // world_size
         return cls(

@@ -16,10 +16,9 @@ from scalellm.config import StrategyConfig
 from scalellm.config.explain import explain
 from scalellm.dist import World
 from scalellm.errors import ConfigError, did_you_mean
-from scalellm.strategies.base import Batch, Options, Piece, StateSource, StepResult, Strategy
+from scalellm.strategies.base import Options, Piece, StateSource, StepResult, Strategy
 
 __all__ = [
-    "Batch",
     "Options",
     "Piece",
     "StateSource",

@@ -17,6 +17,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from scalellm.batches import Batch
 from scalellm.config import Section, TrainConfig
 from scalellm.dist import World
 from scalellm.errors import CheckpointError, ConfigError
@@ -32,16 +33,6 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 class Options(Section):
     """What may stand beside `strategy.name`; a strategy with options subclasses this."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch on the device; targets of -100 do not count."""
-
-    tokens_BT: Tensor
-    targets_BT: Tensor
-    positions_BT: Tensor | None = None
-    documents_BT: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,7 @@
+"""`python -m scalellm`: the same as the `scalellm` command."""
+
+import sys
+
+from scalellm.cli import main
+
+sys.exit(main())

@@ -1,0 +1,58 @@
+"""From a rank's rows of a global batch to micro-batches on the device.
+
+Shapes: B samples, S = T + 1 tokens of a row, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scalellm import data
+
+IGNORED_TARGET = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on the device; targets of -100 do not count."""
+
+    tokens_BT: Tensor
+    targets_BT: Tensor
+    positions_BT: Tensor | None = None
+    documents_BT: Tensor | None = None
+
+
+def micro_batches(
+    batch: data.Batch, micro_batch_size: int, device: torch.device
+) -> Iterator[tuple[Batch, bool]]:
+    """Yields `(micro_batch, is_last)`, `micro_batch_size` rows each."""
+    rows = len(batch.tokens_BS)
+    for start in range(0, rows, micro_batch_size):
+        stop = start + micro_batch_size
+        yield to_device(batch, slice(start, stop), device), stop >= rows
+
+
+def to_device(batch: data.Batch, rows: slice, device: torch.device) -> Batch:
+    """Widens stored ids to int64 on the device (a quarter of the bytes cross to a GPU)."""
+    tokens_BS = torch.from_numpy(batch.tokens_BS[rows]).to(device).long()
+    targets_BT = tokens_BS[:, 1:]
+    real_targets_B = torch.from_numpy(batch.num_targets_B[rows])
+    seq_len = targets_BT.shape[1]
+    if bool((real_targets_B < seq_len).any()):
+        is_padding_BT = torch.arange(seq_len) >= real_targets_B[:, None]
+        targets_BT = targets_BT.masked_fill(is_padding_BT.to(device), IGNORED_TARGET)
+    return Batch(
+        tokens_BT=tokens_BS[:, :-1],
+        targets_BT=targets_BT,
+        positions_BT=_optional(batch.positions_BT, rows, device),
+        documents_BT=_optional(batch.documents_BT, rows, device),
+    )
+
+
+def _optional(array: np.ndarray | None, rows: slice, device: torch.device) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array[rows]).to(device).long()

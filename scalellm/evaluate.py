@@ -1,0 +1,58 @@
+"""Loss of a model over a whole split, every token once, at any world size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from scalellm import data
+from scalellm.batches import to_device
+from scalellm.dist import sum_over_ranks
+from scalellm.strategies import Strategy
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`loss` in nats per token. Words are split at white space, bytes are UTF-8 text."""
+
+    loss: float
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return _exp(self.loss)
+
+    def perplexity_per_word(self, num_words: int) -> float:
+        """Comparable between tokenizers: the same nats, shared out over words."""
+        return _exp(self.loss * self.num_tokens / max(1, num_words))
+
+    def bits_per_byte(self, num_bytes: int) -> float:
+        return self.loss * self.num_tokens / max(1, num_bytes) / math.log(2)
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def evaluate(strategy: Strategy, batches: Iterable[data.Batch]) -> Evaluation:
+    """Runs the strategy's forward over `batches`; all ranks call it with equally many.
+
+    The sum is taken in fp64, so that it does not depend on the order of a million tokens.
+    """
+    device = strategy.world.device
+    loss_sum, num_tokens = 0.0, 0
+    was_training = strategy.module.training
+    strategy.module.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                rows = slice(0, len(batch.tokens_BS))
+                loss_sum += float(strategy.forward(to_device(batch, rows, device)))
+                num_tokens += batch.global_target_tokens
+    finally:
+        strategy.module.train(was_training)
+    [total] = sum_over_ranks([loss_sum], device)
+    return Evaluation(total / max(1, num_tokens), num_tokens)

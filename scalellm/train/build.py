@@ -1,0 +1,277 @@
+"""From a configuration to a finished run: build the parts, resume, train, leave a full folder."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from scalellm import checkpoint, data, strategies
+from scalellm.config import BatchPlan, Config
+from scalellm.dist import World, ranks, sum_over_ranks
+from scalellm.errors import CheckpointError, ConfigError, UserError
+from scalellm.evaluate import Evaluation, evaluate
+from scalellm.metrics import Progress, open_writers
+from scalellm.model import Decoder, count_parameters
+from scalellm.train.folder import RunFolder
+from scalellm.train.guards import EarlyStopping, NonFiniteGuard, StopSignal
+from scalellm.train.loop import Run, train
+from scalellm.train.optimizer import make_adamw
+
+VALIDATION = "validation"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: `reason` is "done", "early stop", or a signal's name."""
+
+    reason: str
+    step: int
+    run_dir: Path
+    is_main: bool
+
+    @property
+    def stopped_by_signal(self) -> bool:
+        return self.reason not in ("done", "early stop")
+
+
+def run_training(config: Config, resume: str | None = None) -> Outcome:
+    """Trains as `config` says, in as many ranks as the launcher started.
+
+    Args:
+        resume: None: a new run; "auto": the newest complete checkpoint of `run.dir`, if there is
+            one; else the path of a checkpoint or of another run's folder.
+
+    Raises:
+        UserError: nothing was trained, and nothing half-written is left.
+        DivergedError: the gradients stayed non-finite.
+    """
+    strategy_class = strategies.resolve(config.strategy.name)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        world = stack.enter_context(
+            ranks(
+                config.run.device,
+                config.run.threads,
+                process_group=strategy_class.needs_process_group,
+            )
+        )
+        options = strategies.parse_options(config.strategy, strategy_class, world)
+        plan = config.batches(world.world_size)
+        dataset = data.TokenDataset.open(config.data.path, "train")
+        config = _with_vocabulary(config, dataset)
+        folder = stack.enter_context(_claimed(config, world, resuming=resume is not None))
+        source = _find_checkpoint(folder, resume, world)
+        strategy = strategy_class(world, config.train, options)
+        stack.callback(strategy.close)
+        run = _build(config, world, strategy, plan, dataset, folder, source, stack)
+        _announce(run, plan, dataset, source, world)
+        reason = train(run, stop)
+        return Outcome(reason, run.step, folder.path, world.is_main)
+
+
+def _build(
+    config: Config,
+    world: World,
+    strategy: strategies.Strategy,
+    plan: BatchPlan,
+    dataset: data.TokenDataset,
+    folder: RunFolder,
+    source: checkpoint.Checkpoint | None,
+    stack: ExitStack,
+) -> Run:
+    torch.manual_seed(config.run.seed)
+    strategy.setup(Decoder(config.model), functools.partial(make_adamw, train=config.train))
+    run = Run(
+        config=config,
+        world=world,
+        strategy=strategy,
+        stream=iter(()),
+        micro_batch_size=plan.micro_batch_size,
+        evaluate=_evaluator(config, world, strategy, plan, dataset),
+        save=functools.partial(_save, folder),
+        writers=[],
+        early_stopping=EarlyStopping(
+            config.eval.early_stop_patience, config.eval.early_stop_min_delta
+        ),
+        guard=NonFiniteGuard(config.train.max_nonfinite_steps),
+    )
+    if source is not None:
+        _load(run, source)
+    stream = data.TokenStream(
+        dataset,
+        seq_len=config.model.seq_len,
+        global_batch_size=config.train.global_batch_size,
+        rank=world.rank,
+        world_size=world.world_size,
+        seed=config.run.seed,
+        lanes=config.data.lanes,
+        document_mask=config.data.document_mask,
+        decode_threads=config.data.decode_threads,
+        cursor=run.cursor,
+    )
+    stack.callback(stream.close)
+    run.stream = iter(stream)
+    if world.is_main:
+        folder.describe(config, world, dataset.tokenizer_path)
+        run.writers = open_writers(config, folder.path, run.step)
+        run.writers.append(Progress(run.step, config.train.steps, shown=True))
+        for writer in run.writers:
+            stack.callback(writer.close)
+    return run
+
+
+def _with_vocabulary(config: Config, dataset: data.TokenDataset) -> Config:
+    """Fills in the dataset's vocabulary size, or checks that the model's can hold it."""
+    wanted = config.model.vocab_size
+    if wanted is None:
+        model = config.model.model_copy(update={"vocab_size": dataset.vocab_size})
+        return config.model_copy(update={"model": model})
+    if wanted < dataset.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={wanted} tokens is smaller than the dataset's "
+            f"{dataset.vocab_size}; leave it out or set it to {dataset.vocab_size} or more"
+        )
+    return config
+
+
+@contextmanager
+def _claimed(config: Config, world: World, *, resuming: bool) -> Iterator[RunFolder]:
+    """Rank 0 holds the folder; if it may not, every rank hears of it and leaves."""
+    folder = RunFolder(config.run.dir)
+    problem: UserError | None = None
+    if world.is_main:
+        try:
+            folder.claim(resuming=resuming)
+            _check_disk(config, folder.path)
+        except UserError as error:
+            problem = error
+    try:
+        [failures] = sum_over_ranks([float(problem is not None)], world.device)
+        if failures:
+            raise problem or ConfigError("rank 0 could not use the run folder")
+        yield folder
+    finally:
+        folder.release()
+
+
+def _check_disk(config: Config, path: Path) -> None:
+    """Refuses before the first step if not even one checkpoint would fit."""
+    element_bytes = 8 if config.train.precision == "fp64" else 4
+    needed_bytes = 3 * element_bytes * count_parameters(config.model)
+    free_bytes = shutil.disk_usage(path).free
+    if free_bytes < needed_bytes:
+        raise ConfigError(
+            f"run.dir={path} has {free_bytes:,} bytes free, one checkpoint of this model needs "
+            f"{needed_bytes:,}; free space or choose another run.dir"
+        )
+
+
+def _find_checkpoint(
+    folder: RunFolder, resume: str | None, world: World
+) -> checkpoint.Checkpoint | None:
+    if resume is None:
+        return None
+    if resume != "auto":
+        return checkpoint.open_checkpoint(Path(resume))
+    if world.is_main:
+        checkpoint.clean_up(folder.checkpoints)
+    found, skipped = checkpoint.latest(folder.checkpoints)
+    if world.is_main:
+        for reason in skipped:
+            print(f"passed over: {reason}")
+    if found is None and skipped:
+        raise CheckpointError(
+            f"none of the {len(skipped)} checkpoints in {folder.checkpoints} can be read; "
+            "start anew in another run.dir"
+        )
+    return found
+
+
+def _evaluator(
+    config: Config,
+    world: World,
+    strategy: strategies.Strategy,
+    plan: BatchPlan,
+    dataset: data.TokenDataset,
+) -> Callable[[], Evaluation] | None:
+    """Returns what measures the validation loss, or None if the dataset has no such split."""
+    if VALIDATION not in dataset.manifest.splits:
+        if config.eval.early_stop_patience:
+            raise ConfigError(
+                f"eval.early_stop_patience={config.eval.early_stop_patience} needs a validation "
+                f"split, which {dataset.path} lacks; prepare it with --val-fraction 0.01"
+            )
+        return None
+    dataset = data.TokenDataset.open(dataset.path, VALIDATION)
+    batches = functools.partial(
+        data.evaluation_batches,
+        dataset,
+        seq_len=config.model.seq_len,
+        batch_size=config.eval.batch_size or plan.micro_batch_size,
+        rank=world.rank,
+        world_size=world.world_size,
+        document_mask=config.data.document_mask,
+        limit_samples=config.eval.max_samples,
+    )
+    return lambda: evaluate(strategy, batches())
+
+
+def _save(folder: RunFolder, run: Run) -> None:
+    assert run.cursor is not None
+    meta = {
+        "tokens": run.tokens,
+        "cursor": run.cursor.to_dict(),
+        "model": run.config.model.model_dump(mode="json"),
+        "early_stopping": run.early_stopping.state(),
+        "nonfinite_in_a_row": run.guard.in_a_row,
+        "loss_scale": run.strategy.loss_scale.state(),
+    }
+    keep = run.config.checkpoint.keep
+    checkpoint.save(folder.checkpoints, run.step, run.strategy.state(), meta, run.world, keep)
+
+
+def _load(run: Run, source: checkpoint.Checkpoint) -> None:
+    """Takes weights, optimizer, cursor and counters from a checkpoint."""
+    if source.step > run.config.train.steps:
+        raise ConfigError(
+            f"{source.path} is of step {source.step}, beyond train.steps="
+            f"{run.config.train.steps}; raise train.steps to train on"
+        )
+    run.strategy.load_state(source)
+    meta = source.meta
+    run.step = run.saved_step = source.step
+    run.tokens = meta["tokens"]
+    run.cursor = data.Cursor.from_dict(meta["cursor"])
+    run.early_stopping.load(meta["early_stopping"])
+    run.guard.in_a_row = meta["nonfinite_in_a_row"]
+    run.strategy.loss_scale.load(meta["loss_scale"])
+
+
+def _announce(
+    run: Run,
+    plan: BatchPlan,
+    dataset: data.TokenDataset,
+    source: checkpoint.Checkpoint | None,
+    world: World,
+) -> None:
+    if not world.is_main:
+        return
+    config = run.config
+    samples = config.train.global_batch_size
+    print(
+        f"{config.strategy.name}: {world.describe()}\n"
+        f"model: {count_parameters(config.model):,} parameters, {config.train.precision}\n"
+        f"data: {dataset.num_tokens:,} tokens in {config.data.path}\n"
+        f"step: {samples} samples of {config.model.seq_len} tokens = {world.world_size} x "
+        f"{plan.micro_batch_size} x {plan.grad_accumulation} (ranks x micro-batch x accumulation)"
+    )
+    if source is not None:
+        print(f"resumed from {source.path}")
+    if config.train.compile:
+        print("compiling the decoder blocks: about a minute before the first step")

@@ -1,0 +1,129 @@
+"""A run's folder: self-contained, held by one run at a time.
+
+config.yaml       the resolved configuration        metrics.jsonl   every row, canonical
+environment.json  versions and hardware             tensorboard/    the same, to look at
+tokenizer.*       what the ids mean                 checkpoints/    step-00000010/ ...
+loss.png          the loss curve                    sample.txt      what it writes
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import IO
+
+import torch
+import yaml
+
+from scalellm.config import Config, load_config
+from scalellm.dist import World, available_cores
+from scalellm.errors import ConfigError
+from scalellm.metrics import JSONL_NAME
+
+CONFIG_NAME = "config.yaml"
+CHECKPOINTS_NAME = "checkpoints"
+_PACKAGES = ("scalellm", "torch", "numpy", "safetensors", "zstandard", "sentencepiece")
+
+
+class RunFolder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS_NAME
+
+    def claim(self, *, resuming: bool) -> None:
+        """Creates the folder and locks it; one rank calls it.
+
+        Raises:
+            ConfigError: another process trains into it, or it holds a run and nobody said resume.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir={self.path} cannot be written: {error.strerror}; choose another"
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"run.dir={self.path} is in use by another training process; wait for it or choose "
+                "another run.dir"
+            ) from None
+        if not resuming and (self.path / JSONL_NAME).exists():
+            raise ConfigError(
+                f"run.dir={self.path} already holds a run: add --resume auto to go on with it, "
+                "or choose another run.dir"
+            )
+
+    def describe(self, config: Config, world: World, tokenizer: Path | None) -> None:
+        """Writes what is needed to understand and reuse the run without anything else."""
+        _write(self.path / CONFIG_NAME, dump_config(config))
+        _write(self.path / "environment.json", json.dumps(_environment(world), indent=1) + "\n")
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, self.path / tokenizer.name)
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def dump_config(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def load_run_config(run_dir: Path) -> Config:
+    """Reads the resolved configuration of a run. Raises ConfigError if it is no run folder."""
+    path = run_dir / CONFIG_NAME
+    if not path.is_file():
+        raise ConfigError(f"{run_dir} is not a run folder: it has no {CONFIG_NAME}")
+    return load_config(path)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _environment(world: World) -> dict[str, object]:
+    versions: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    device = world.device
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": available_cores(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "world_size": world.world_size,
+        "launcher": world.launcher,
+        "threads_per_rank": torch.get_num_threads(),
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

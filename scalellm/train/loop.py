@@ -1,0 +1,147 @@
+"""The training loop. Everything a backend does differently is behind `strategy`."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from scalellm import data
+from scalellm.batches import micro_batches
+from scalellm.config import Config
+from scalellm.dist import World, sum_over_ranks
+from scalellm.evaluate import Evaluation
+from scalellm.metrics import Row, Writer, peak_device_bytes, peak_rss_bytes
+from scalellm.strategies import Strategy
+from scalellm.train.guards import EarlyStopping, NonFiniteGuard, StopSignal
+from scalellm.train.schedule import learning_rate
+
+
+@dataclass
+class Run:
+    """What one training run consists of, built by `train.build`."""
+
+    config: Config
+    world: World
+    strategy: Strategy
+    stream: Iterator[tuple[data.Batch, data.Cursor]]
+    micro_batch_size: int
+    evaluate: Callable[[], Evaluation] | None
+    save: Callable[[Run], Any]
+    writers: list[Writer]
+    early_stopping: EarlyStopping
+    guard: NonFiniteGuard
+    step: int = 0
+    tokens: int = 0
+    cursor: data.Cursor | None = None
+    saved_step: int = field(default=-1)
+
+
+def train(run: Run, stop: StopSignal) -> str:
+    """Trains to the last step and returns why it ended: "done", "early stop" or a signal's name.
+
+    Each step is a function of the seed, the step, the weights and the cursor, so that a run resumed
+    from a checkpoint takes the steps the uninterrupted one would have taken.
+
+    Raises:
+        DivergedError: too many steps in a row without finite gradients.
+    """
+    config = run.config.train
+    ended = "done"
+    while run.step < config.steps and not run.early_stopping.should_stop:
+        row, stop_asked = _train_step(run, stop)
+        if run.step % config.log_every_steps == 0 or run.step == config.steps:
+            _write(run, row)
+        if _is_due(run.step, run.config.eval.every_steps) and run.step < config.steps:
+            _evaluate(run)
+        if stop_asked:
+            ended = stop.received.name if stop.received else "a signal on another rank"
+            break
+        if _is_due(run.step, run.config.checkpoint.every_steps) and run.step < config.steps:
+            _save(run)
+    if ended == "done":
+        if run.early_stopping.should_stop and run.step < config.steps:
+            ended = "early stop"
+        elif run.saved_step != run.step:
+            _evaluate(run)
+    if run.saved_step != run.step:
+        _save(run)
+    return ended
+
+
+def _train_step(run: Run, stop: StopSignal) -> tuple[Row, bool]:
+    """One optimizer step: micro-batches, update, metrics. Returns its row and whether to stop."""
+    started_s = time.perf_counter()
+    batch, cursor = next(run.stream)
+    data_wait_s = time.perf_counter() - started_s
+    step, strategy, device = run.step + 1, run.strategy, run.world.device
+    _seed_step(run.config.run.seed, step, run.world.rank)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    for micro_batch, is_last in micro_batches(batch, run.micro_batch_size, device):
+        with strategy.micro_step(is_last):
+            loss = strategy.forward(micro_batch)
+            strategy.backward(loss, batch.global_target_tokens)
+        loss_sum += loss.detach()
+    rate = learning_rate(step, run.config.train)
+    result = strategy.step(rate)
+    asked = float(stop.received is not None)
+    global_loss_sum, stop_votes = sum_over_ranks([float(loss_sum), asked], device)
+    run.step, run.cursor, run.tokens = step, cursor, run.tokens + batch.global_target_tokens
+    run.guard.observe(step, result.skipped, result.grad_norm)
+    step_time_s = time.perf_counter() - started_s
+    row: Row = {
+        "kind": "train",
+        "step": step,
+        "loss": global_loss_sum / batch.global_target_tokens,
+        "grad_norm": result.grad_norm,
+        "learning_rate": rate,
+        "skipped": int(result.skipped),
+        "tokens": run.tokens,
+        "tokens_per_s": batch.global_target_tokens / step_time_s,
+        "step_time_s": step_time_s,
+        "data_wait_s": data_wait_s,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_device_bytes": peak_device_bytes(device),
+    }
+    return row, stop_votes > 0
+
+
+def _seed_step(seed: int, step: int, rank: int) -> None:
+    """Dropout is a function of (seed, step, rank): no generator state to save or to reshard."""
+    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _evaluate(run: Run) -> None:
+    if run.evaluate is None:
+        return
+    started_s = time.perf_counter()
+    result = run.evaluate()
+    run.early_stopping.observe(result.loss)
+    row: Row = {
+        "kind": "eval",
+        "step": run.step,
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "tokens": result.num_tokens,
+        "eval_time_s": time.perf_counter() - started_s,
+    }
+    _write(run, row)
+
+
+def _save(run: Run) -> None:
+    run.save(run)
+    run.saved_step = run.step
+
+
+def _write(run: Run, row: Row) -> None:
+    for writer in run.writers:
+        writer.write(row)
+
+
+def _is_due(step: int, every_steps: int) -> bool:
+    return every_steps > 0 and step % every_steps == 0

@@ -1,0 +1,81 @@
+"""Shared fixtures: a tiny real dataset, a tiny config, and rank processes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# First of all: fork after a multi-threaded matrix product would hang in the child (see ranks.py).
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from helpers.ranks import run_ranks
+
+from scalellm.config import Config, parse_config
+from scalellm.data.prepare import PrepareOptions, prepare
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+TINY = {
+    "data": {"lanes": 4},
+    "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "seq_len": 32},
+    "train": {
+        "steps": 6,
+        "global_batch_size": 8,
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        "grad_clip": 0.5,
+    },
+    "metrics": {"tensorboard": False},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A char dataset of a few real Python files: about 60,000 tokens and a validation split."""
+    folder = tmp_path_factory.mktemp("tiny")
+    library = Path(os.__file__).parent
+    source = folder / "text"
+    source.mkdir()
+    for name in ("abc", "bisect", "heapq", "keyword", "stat", "this", "contextlib"):
+        (source / f"{name}.py").write_text((library / f"{name}.py").read_text(encoding="utf-8"))
+    options = PrepareOptions(
+        sources=(str(source),),
+        out=folder / "data",
+        tokenizer="char",
+        val_fraction=0.1,
+        num_workers=1,
+    )
+    prepare(options, progress=False)
+    return folder / "data"
+
+
+@pytest.fixture
+def tiny_values(tiny_dataset: Path, tmp_path: Path) -> dict[str, Any]:
+    """Plain values of a config that trains in a second; change them, then `parse_config`."""
+    values = {section: dict(content) for section, content in TINY.items()}
+    values["data"]["path"] = str(tiny_dataset)
+    values["run"] = {"dir": str(tmp_path / "run")}
+    return values
+
+
+@pytest.fixture
+def tiny_config(tiny_values: dict[str, Any]) -> Config:
+    return parse_config(tiny_values)
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Callable[..., list[Any]]:
+    """`ranks(function, world_size, *arguments)`: each rank's return value, in rank order."""
+
+    def run(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+        return run_ranks(function, world_size, tmp_path, *arguments)
+
+    return run
