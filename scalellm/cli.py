@@ -149,6 +149,7 @@ def _train(argv: Sequence[str]) -> int:
 def _close(run_dir: Path, reason: str, step: int) -> None:
     from scalellm.report import draw_loss
 
+    picture = draw_loss(run_dir)
     if reason not in ("done", "early stop"):
         print(f"stopped by {reason} at step {step}, saved; go on with --resume auto")
         return

@@ -49,9 +49,8 @@ def _load_model(source: checkpoint.Checkpoint) -> Decoder:
         name: source.read(f"model.{name}", (0,) * len(shape), shape)
         for name, shape in shapes.items()
     }
-    fresh = Decoder(config)
-    fresh.load_state_dict(weights, strict=True)
-    return fresh.eval()
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.eval()
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,8 @@ def evaluate_run(
     config = load_run_config(_run_dir(source))
     dataset_path = data_path or config.data.path
     is_own = data_path is None or data_path.resolve() == config.data.path.resolve()
-    splits = (split,) if split else (("validation",) if is_own else tuple(load_manifest(dataset_path).splits))
+    everything = tuple(load_manifest(dataset_path).splits)
+    splits = (split,) if split else (("validation",) if is_own else everything)
     datasets = [data.TokenDataset.open(dataset_path, name) for name in splits]
     _check_tokenizer(_run_dir(source), datasets[0])
     model = _load_model(source)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,10 @@ import torch
 # First of all: fork after a multi-threaded matrix product would hang in the child (see ranks.py).
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parent))
 
 from helpers.ranks import run_ranks
 
 from scalellm.config import Config, parse_config
-from scalellm.data.prepare import PrepareOptions, prepare
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -40,6 +37,8 @@ TINY = {
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A char dataset of a few real Python files: about 60,000 tokens and a validation split."""
+    from scalellm.data.prepare import PrepareOptions, prepare
+
     folder = tmp_path_factory.mktemp("tiny")
     library = Path(os.__file__).parent
     source = folder / "text"

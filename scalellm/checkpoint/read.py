@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
@@ -154,6 +155,9 @@ def _read_manifest(path: Path) -> Manifest:
         if manifest.get("checksum") != checksum(manifest):
             raise ValueError("its checksum does not fit its content")
         return Manifest.model_validate(manifest)
-    except ValueError as error:  # pydantic's ValidationError is one
-        reason = str(error).splitlines()[0]
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
         raise CheckpointError(f"{file} is damaged: {reason}; {_FIX}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}; {_FIX}") from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import sys
 import traceback
 import uuid
@@ -55,7 +56,7 @@ def _results(pipes: list[Connection]) -> list[Any]:
             raise AssertionError(f"ranks {sorted(waiting)} gave no answer in {TIMEOUT_S} s")
         for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
             try:
-                failed, value = waiting.pop(rank).recv()
+                failed, value = pickle.loads(waiting.pop(rank).recv_bytes())
             except EOFError:
                 raise AssertionError(f"rank {rank} died without a word") from None
             if failed:
@@ -87,7 +88,8 @@ def _rank_main(
         tdist.destroy_process_group()
     except BaseException:
         answer = (True, traceback.format_exc())
-    pipe.send(answer)
+    # Plain pickle: the pipe's own would share tensors by file descriptors of a process that ends.
+    pipe.send_bytes(pickle.dumps(answer))
     pipe.close()
     sys.stdout.flush()
     sys.stderr.flush()
