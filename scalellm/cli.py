@@ -126,13 +126,16 @@ def _train(argv: Sequence[str]) -> int:
         options.config = words.pop(0)
 
     from scalellm.config import load_config
-    from scalellm.dist import detect
+    from scalellm.dist import World, detect
 
     config = load_config(options.config, words)
     launched = detect().launcher != "python"
     if options.nproc is not None and not launched:
         from scalellm.clusters.local import launch
+        from scalellm.train import check_config
 
+        world = World(world_size=options.nproc, launcher=f"--nproc {options.nproc}")
+        check_config(config, world)  # before processes start that would all say the same
         resume = ["--resume", options.resume] if options.resume else []
         return launch(["train", "--config", options.config, *resume, *words], options.nproc)
 

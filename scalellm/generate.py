@@ -6,9 +6,10 @@ Shapes: B batch (1 here), T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -124,16 +125,23 @@ class _Reader:
         tokens_BT = torch.tensor([unread], device=self._device)
         with _inference(self._model):
             logits_BTV = self._model(tokens_BT, cache=self._cache, last_only=True)
-            return logits_BTV[0, -1].to("cpu", torch.float64)
+        # A copy, since what inference mode made cannot be written outside it.
+        return logits_BTV[0, -1].to("cpu", torch.float64, copy=True)
 
 
 @contextmanager
 def _inference(model: Decoder) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each submodule has its own mode again."""
+    """Evaluation mode without gradients; afterwards each submodule has its own mode again.
+
+    Compiled blocks run eagerly: they would be compiled anew for every length of the cache.
+    """
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    for module in training:
+        module.training = False
+    compiler_loaded = "torch._dynamo" in sys.modules  # importing it only to switch it off takes 2 s
+    eager = torch.compiler.set_stance("force_eager") if compiler_loaded else nullcontext()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), eager:
             yield
     finally:
         for module in training:
@@ -181,16 +189,18 @@ def generate_tokens(
         UserError: nothing to start from, a token outside the vocabulary, or a diverged model.
     """
     vocab_size = model.config.vocab_size or 0
-    history = list(prompt_ids) or [eos_id]
+    history = [int(token) for token in prompt_ids]
+    if not history:
+        if eos_id is None:
+            raise UserError("an empty prompt, and no end-of-text token to start from; give a text")
+        history = [eos_id]
     for token in history:
-        if token is None:
-            raise UserError("an empty prompt needs a tokenizer with an end-of-text token; add text")
         if not 0 <= token < vocab_size:
             raise UserError(
                 f"token {token} of the prompt is outside the model's vocabulary of {vocab_size} "
                 "tokens; use the tokenizer the model was trained with"
             )
-    return _generate(model, [int(token) for token in history if token is not None], sampling, eos_id)
+    return _generate(model, history, sampling, eos_id)
 
 
 def _generate(
@@ -208,13 +218,14 @@ def _generate(
     for _ in range(sampling.max_new_tokens):
         logits_V = reader.logits_after(history)
         banned = seen.banned() - ({eos_id} if sampling.stop_at_eos else set())
-        logits_V[list(banned)] = -torch.inf
-        token_or_none = choose_token(logits_V, sampling, generator)
-        if token_or_none is None or (sampling.stop_at_eos and token_or_none == eos_id):
+        if banned:
+            logits_V[list(banned)] = -torch.inf
+        chosen = choose_token(logits_V, sampling, generator)
+        if chosen is None or (sampling.stop_at_eos and chosen == eos_id):
             return
-        history.append(token_or_none)
-        seen.add(token_or_none)
-        yield token_or_none
+        history.append(chosen)
+        seen.add(chosen)
+        yield chosen
 
 
 def stream_text(

@@ -61,7 +61,7 @@ def tiny_values(tiny_dataset: Path, tmp_path: Path) -> dict[str, Any]:
     """Plain values of a config that trains in a second; change them, then `parse_config`."""
     values = {section: dict(content) for section, content in TINY.items()}
     values["data"]["path"] = str(tiny_dataset)
-    values["run"] = {"dir": str(tmp_path / "run")}
+    values["run"] = {"dir": str(tmp_path / "run"), "threads": 1}
     return values
 
 

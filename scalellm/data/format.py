@@ -31,6 +31,7 @@ VERSION = 1
 MANIFEST = "manifest.json"
 FRAME_TOKENS = 65_536
 MAX_FRAME_TOKENS = 1 << 24
+MAX_SHARD_FRAMES = 1 << 20
 MAX_VOCAB_SIZE = 1 << 31
 MAX_TOKENS = 1 << 62
 MAX_MANIFEST_BYTES = 64 << 20
@@ -56,7 +57,7 @@ INDEX_RECORD = np.dtype(
 
 _SAFE_PATH = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*){0,3}")
 SPLIT_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
-_RESTORE = "prepare the dataset again or restore the file"
+RESTORE = "prepare the dataset again or restore the file"
 
 
 def _relative_path(value: str) -> str:
@@ -94,7 +95,7 @@ class Shard(_Strict):
     documents_size_bytes: Count
     documents_sha256: Sha256
     num_tokens: Positive
-    num_frames: Positive
+    num_frames: int = Field(ge=1, le=MAX_SHARD_FRAMES)
     num_documents: Count
 
 
@@ -201,7 +202,7 @@ def load_manifest(root: Path) -> Manifest:
             parse_float=_finite_float,
         )
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}); {_RESTORE}") from None
+        raise DataError(f"{path} is not valid JSON ({error}); {RESTORE}") from None
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise DataError(
             f"{path} is not of a {FORMAT} dataset; give a directory that `scalellm prepare` wrote"
@@ -217,11 +218,11 @@ def load_manifest(root: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part)[:80] for part in first["loc"]) or "manifest"
-        raise DataError(f"{path}: {where}: {first['msg']}; {_RESTORE}") from None
+        raise DataError(f"{path}: {where}: {first['msg']}; {RESTORE}") from None
     # Last, so that a lying value is named before the broken signature that comes with it.
     if signature != hashlib.sha256(_canonical(fields)).hexdigest():
         raise DataError(
-            f"{path} does not match its own manifest_sha256: it was edited or damaged; {_RESTORE}"
+            f"{path} does not match its own manifest_sha256: it was edited or damaged; {RESTORE}"
         )
     return manifest
 
@@ -230,11 +231,11 @@ def _read_capped(path: Path) -> bytes:
     try:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):
-            raise DataError(f"{path} is not a regular file; {_RESTORE}")
+            raise DataError(f"{path} is not a regular file; {RESTORE}")
         if info.st_size > MAX_MANIFEST_BYTES:
             raise DataError(
                 f"{path} has {info.st_size} bytes, the limit is {MAX_MANIFEST_BYTES} "
-                f"bytes; {_RESTORE}"
+                f"bytes; {RESTORE}"
             )
         with path.open("rb") as file:
             return file.read(MAX_MANIFEST_BYTES)
@@ -244,7 +245,7 @@ def _read_capped(path: Path) -> bytes:
             f"that `scalellm prepare` finished"
         ) from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; {_RESTORE}") from None
+        raise DataError(f"{path} cannot be read: {error.strerror}; {RESTORE}") from None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

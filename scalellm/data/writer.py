@@ -16,6 +16,7 @@ from scalellm.data.format import (
     MANIFEST,
     MAX_FRAME_TOKENS,
     MAX_MANIFEST_BYTES,
+    MAX_SHARD_FRAMES,
     MAX_VOCAB_SIZE,
     NO_CARRY,
     SPLIT_NAME,
@@ -71,11 +72,14 @@ class DatasetWriter:
         self.out = Path(os.path.realpath(out))
         if not 0 <= eos_id < vocab_size <= MAX_VOCAB_SIZE:
             raise ValueError(f"0 <= eos_id={eos_id} < vocab_size={vocab_size} <= {MAX_VOCAB_SIZE}")
-        if not 1 <= frame_tokens <= MAX_FRAME_TOKENS or shard_tokens % frame_tokens:
-            raise ValueError(f"shard_tokens={shard_tokens} is no multiple of {frame_tokens=}")
+        if not 1 <= frame_tokens <= MAX_FRAME_TOKENS:
+            raise ValueError(f"1 <= frame_tokens={frame_tokens} <= {MAX_FRAME_TOKENS}")
+        shard_frames, rest = divmod(shard_tokens, frame_tokens)
+        if rest or not 1 <= shard_frames <= MAX_SHARD_FRAMES:
+            raise ValueError(f"{shard_tokens=} is not 1 to {MAX_SHARD_FRAMES} x {frame_tokens=}")
         self._overwrite = overwrite
         self._vocab_size, self._eos_id = vocab_size, eos_id
-        self._frame_tokens, self._shard_tokens, self._level = frame_tokens, shard_tokens, level
+        self._frame_tokens, self._shard_frames, self._level = frame_tokens, shard_frames, level
         self._splits: dict[str, _SplitWriter] = {}
         self._refuse_taken(self.out)
         self._staged = StagedDirectory(self.out)
@@ -196,9 +200,8 @@ class DatasetWriter:
         folder = self._staged.path / name
         with disk_errors(folder):
             folder.mkdir()
-        shard_frames = self._shard_tokens // self._frame_tokens
         dtype = dtype_for(self._vocab_size)
-        return _SplitWriter(folder, dtype, self._frame_tokens, shard_frames, self._level)
+        return _SplitWriter(folder, dtype, self._frame_tokens, self._shard_frames, self._level)
 
     def _refuse_taken(self, out: Path) -> None:
         if not out.exists():

@@ -1,6 +1,6 @@
 """The training loop and what it needs: schedule, optimizer, guards, the run's folder."""
 
-from scalellm.train.build import Outcome, run_training
+from scalellm.train.build import Outcome, check_config, run_training
 from scalellm.train.folder import RunFolder, dump_config, load_run_config
 
-__all__ = ["Outcome", "RunFolder", "dump_config", "load_run_config", "run_training"]
+__all__ = ["Outcome", "RunFolder", "check_config", "dump_config", "load_run_config", "run_training"]

@@ -61,8 +61,7 @@ def run_training(config: Config, resume: str | None = None) -> Outcome:
                 process_group=strategy_class.needs_process_group,
             )
         )
-        options = strategies.parse_options(config.strategy, strategy_class, world)
-        plan = config.batches(world.world_size)
+        options, plan = check_config(config, world)
         dataset = data.TokenDataset.open(config.data.path, "train")
         config = _with_vocabulary(config, dataset)
         folder = stack.enter_context(_claimed(config, world, resuming=resume is not None))
@@ -73,6 +72,13 @@ def run_training(config: Config, resume: str | None = None) -> Outcome:
         _announce(run, plan, dataset, source, world)
         reason = train(run, stop)
         return Outcome(reason, run.step, folder.path, world.is_main)
+
+
+def check_config(config: Config, world: World) -> tuple[strategies.Options, BatchPlan]:
+    """Raises ConfigError if this world cannot run this config; allocates and starts nothing."""
+    strategy_class = strategies.resolve(config.strategy.name)
+    options = strategies.parse_options(config.strategy, strategy_class, world)
+    return options, config.batches(world.world_size)
 
 
 def _build(

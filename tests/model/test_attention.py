@@ -102,10 +102,13 @@ def test_auto_runs_the_chosen_kernel(monkeypatch: pytest.MonkeyPatch, num_tokens
 
 def test_cache_refuses_more_than_its_room() -> None:
     cache = KVCache(ModelConfig(vocab_size=8), batch=1, max_tokens=4)
-    k_BGTD = torch.ones(1, 4, 3, 16)
-    cache.layers[0].append(k_BGTD, k_BGTD)
+    three, one = torch.ones(1, 4, 3, 16), torch.ones(1, 4, 1, 16)
+    cache.layers[0].append(three, three)
     with pytest.raises(ValueError, match="room for 4 tokens, not 6"):
-        cache.layers[0].append(k_BGTD, k_BGTD)
-    assert cache.length == 3
+        cache.layers[0].append(three, three)
+    cache.layers[0].append(one, one)
+    with pytest.raises(ValueError, match="room for 4 tokens, not 5"):
+        cache.layers[0].append(one, one)
+    assert cache.length == 4
     cache.clear()
     assert cache.length == 0

@@ -73,13 +73,13 @@ def test_resumed_is_bit_identical(tiny_values: Values, tmp_path: Path, dropout: 
     tiny_values["checkpoint"] = {"every_steps": 3}
     _train(tiny_values)
     again = tmp_path / "again"
-    shorter = {**tiny_values, "run": {"dir": str(again)}}
+    shorter = {**tiny_values, "run": {"dir": str(again), "threads": 1}}
     shorter["train"] = {**tiny_values["train"], "schedule": "constant", "steps": 3}
-    straight = {**tiny_values, "run": {"dir": str(tmp_path / "straight")}}
+    straight = {**tiny_values, "run": {"dir": str(tmp_path / "straight"), "threads": 1}}
     straight["train"] = {**tiny_values["train"], "schedule": "constant"}
     _train(straight)
     _train(shorter)
-    outcome = _train({**straight, "run": {"dir": str(again)}}, resume="auto")
+    outcome = _train({**straight, "run": {"dir": str(again), "threads": 1}}, resume="auto")
     assert outcome.step == 6
     assert weights(again, 6) == weights(tmp_path / "straight", 6)
     losses = [
@@ -100,7 +100,7 @@ def test_resuming_a_finished_run_changes_nothing(tiny_values: Values) -> None:
 def test_resume_from_another_run(tiny_values: Values, tmp_path: Path) -> None:
     _train(tiny_values)
     first = tiny_values["run"]["dir"]
-    tiny_values["run"] = {"dir": str(tmp_path / "second")}
+    tiny_values["run"] |= {"dir": str(tmp_path / "second")}
     tiny_values["train"] |= {"steps": 8}
     assert _train(tiny_values, resume=first).step == 8
     assert [row["step"] for row in rows(parse_config(tiny_values))] == [7, 8]
@@ -127,7 +127,7 @@ def test_resume_passes_over_a_damaged_checkpoint(
 def test_a_checkpoint_of_another_model_is_refused(tiny_values: Values, tmp_path: Path) -> None:
     _train(tiny_values)
     first = tiny_values["run"]["dir"]
-    tiny_values["run"] = {"dir": str(tmp_path / "second")}
+    tiny_values["run"] |= {"dir": str(tmp_path / "second")}
     tiny_values["model"] |= {"num_layers": 3}
     with pytest.raises(CheckpointError, match=r"lacks layers\.2\..* another architecture"):
         _train(tiny_values, resume=first)
@@ -172,7 +172,7 @@ def test_early_stopping(tiny_values: Values) -> None:
 
 
 def _poisoned(values: Values) -> tuple[list[int], list[bytes]]:
-    values["run"] = {"dir": f"{values['run']['dir']}-{detect().world_size}"}
+    values["run"] |= {"dir": f"{values['run']['dir']}-{detect().world_size}"}
     values["strategy"] = {"name": "helpers.poisoned", "steps": [2, 3], "rank": 1}
     outcome = _train(values)
     return [row["skipped"] for row in rows(parse_config(values))], weights(outcome.run_dir, 6)
@@ -209,7 +209,11 @@ def test_ddp_run_agrees_with_single(
 ) -> None:
     _train(tiny_values)
     wanted = [row["loss"] for row in rows(parse_config(tiny_values))]
-    values = {**tiny_values, "run": {"dir": str(tmp_path / "ddp")}, "strategy": {"name": "ddp"}}
+    values = {
+        **tiny_values,
+        "run": {"dir": str(tmp_path / "ddp"), "threads": 1},
+        "strategy": {"name": "ddp"},
+    }
     values["train"] = {**tiny_values["train"], "micro_batch_size": 1}
     found = ranks(_two_rank_losses, world_size, values)[0]
     assert found == pytest.approx(wanted, rel=1e-5)

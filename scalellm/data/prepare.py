@@ -1,0 +1,259 @@
+"""The way of text into a dataset: read, filter, split, train a tokenizer, encode, write.
+
+The corpus is never in memory. It is read once to train a tokenizer (from a bounded sample of the
+train documents) and once to encode; with a tokenizer file only once. The same sources and options
+give the same dataset, byte for byte, with any number of workers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from scalellm.data import encode_job
+from scalellm.data.corpus import Corpus, PrepareOptions
+from scalellm.data.documents import Tally
+from scalellm.data.format import MANIFEST, load_manifest
+from scalellm.data.pool import call_in_process, ordered_map, sigterm_as_interrupt
+from scalellm.data.prepare_report import PrepareReport, SplitReport
+from scalellm.data.split import TRAIN, VALIDATION, TextSample
+from scalellm.data.tokenizer import Tokenizer, load_tokenizer
+from scalellm.data.tokenizer_training import SAMPLE_BYTES, train_tokenizer
+from scalellm.data.writer import DatasetWriter
+from scalellm.errors import DataError
+
+__all__ = ["PrepareOptions", "PrepareReport", "prepare"]
+
+# Below this, training takes less time than starting a process for it.
+_TRAIN_HERE_CHARS = 2_000_000
+_MENDED = "replace it with --overwrite, or give another --out"
+_MB = 1_000_000
+
+
+def prepare(options: PrepareOptions, *, progress: bool = True) -> PrepareReport:
+    """Makes a dataset of text, or finds it made already.
+
+    Args:
+        options: sources, tokenizer, filters and where to.
+        progress: show bars and what is being done on stderr.
+
+    Raises:
+        UserError: something the user can mend; nothing was written.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; nothing was written and no process is left.
+    """
+    started = time.perf_counter()
+    corpus = Corpus(options)
+    reused = _find_made(options, corpus.made_from)
+    if reused is not None:
+        return reused
+    _refuse_unwritable(options.out)
+    with sigterm_as_interrupt(), tempfile.TemporaryDirectory(prefix="scalellm-") as scratch:
+        show = _Progress(progress)
+        tokenizer = _tokenizer_for(options, corpus, Path(scratch), show)
+        training_s = time.perf_counter() - started
+        report = _encode(options, corpus, tokenizer, show)
+    seconds = time.perf_counter() - started
+    return replace(report, seconds=seconds, training_s=training_s)
+
+
+class _Progress:
+    """Bars on stderr, or nothing."""
+
+    def __init__(self, shown: bool) -> None:
+        self._shown = shown
+        self.total_bytes: int | None = None
+
+    def say(self, message: str) -> None:
+        if self._shown:
+            tqdm.write(message, file=sys.stderr)
+
+    def bar(self, what: str, total_bytes: int | None = None) -> Any:
+        return tqdm(
+            desc=what,
+            total=total_bytes,
+            unit="B",
+            unit_scale=True,
+            disable=not self._shown,
+            mininterval=0.5,
+        )
+
+
+def _tokenizer_for(
+    options: PrepareOptions, corpus: Corpus, scratch: Path, show: _Progress
+) -> Tokenizer:
+    if not options.trains_tokenizer:
+        return load_tokenizer(Path(options.tokenizer))
+    sample = TextSample(SAMPLE_BYTES[options.tokenizer], options.seed)
+    tally, read_bytes = Tally(), 0
+    with show.bar("reading") as bar:
+        for split, text in corpus.split_texts(tally):
+            size_bytes = len(text.encode())
+            read_bytes += size_bytes
+            bar.update(size_bytes)
+            if split == TRAIN:
+                sample.add(text)
+    show.total_bytes = read_bytes
+    texts, out = sample.texts(), scratch / "tokenizer.model"
+    chars = sum(map(len, texts))
+    if not texts:
+        raise _empty(options, tally)
+    show.say(f"training the {options.tokenizer} tokenizer on {chars / _MB:,.1f} M characters …")
+    job = (options.tokenizer, texts, options.vocab_size, out)
+    if chars < _TRAIN_HERE_CHARS:
+        _train(*job)
+    else:
+        call_in_process(_train, *job)
+    return load_tokenizer(out)
+
+
+def _train(kind: str, texts: list[str], vocab_size: int, out: Path) -> None:
+    train_tokenizer(kind, texts, vocab_size, out)
+
+
+def _encode(
+    options: PrepareOptions, corpus: Corpus, tokenizer: Tokenizer, show: _Progress
+) -> PrepareReport:
+    """Writes the dataset; the report lacks only the times before."""
+    started = time.perf_counter()
+    tally, counts, unknown_tokens = Tally(), _Counts(), 0
+    encoded = ordered_map(
+        encode_job.encode,
+        encode_job.batches(corpus.split_texts(tally)),
+        options.num_workers or _cores(),
+        encode_job.load,
+        (tokenizer.file,),
+    )
+    writer = DatasetWriter(
+        options.out,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        tokenizer_file=tokenizer.file,
+        tokenizer_kind=tokenizer.kind,
+        overwrite=options.overwrite,
+    )
+    with writer, closing(encoded), show.bar("encoding", show.total_bytes) as bar:
+        for batch in encoded:
+            for split, tokens, text_bytes, text_words in batch.documents():
+                writer.add(split, tokens, text_bytes=text_bytes, text_words=text_words)
+                counts.add(split, text_bytes, text_words, len(tokens))
+                bar.update(text_bytes)
+            unknown_tokens += batch.unknown_tokens
+        splits = counts.reports()
+        if TRAIN not in splits:
+            raise _empty(options, tally)
+        encoding_s = time.perf_counter() - started
+        report = PrepareReport(
+            out=options.out,
+            splits=splits,
+            tokenizer_kind=tokenizer.kind,
+            vocab_size=tokenizer.vocab_size,
+            dropped={name: count for name, count in tally.dropped.items() if count},
+            encodings=dict(tally.encodings),
+            unknown_tokens=unknown_tokens,
+            notes=tuple(_notes(options, tokenizer, splits, unknown_tokens)),
+            documents_per_s=sum(one.documents for one in splits.values()) / encoding_s,
+            mb_per_s=sum(one.text_bytes for one in splits.values()) / encoding_s / _MB,
+        )
+        writer.finish({"made_from": corpus.made_from} | report.to_extra())
+    return report
+
+
+class _Counts:
+    """Documents, bytes, words and tokens by split."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Counter[str]] = {}
+
+    def add(self, split: str, text_bytes: int, text_words: int, tokens: int) -> None:
+        counter = self._sums.setdefault(split, Counter())
+        counter["documents"] += 1
+        counter["text_bytes"] += text_bytes
+        counter["text_words"] += text_words
+        counter["tokens"] += tokens
+
+    def reports(self) -> dict[str, SplitReport]:
+        return {name: SplitReport(**self._sums[name]) for name in sorted(self._sums)}
+
+
+def _notes(
+    options: PrepareOptions,
+    tokenizer: Tokenizer,
+    splits: dict[str, SplitReport],
+    unknown_tokens: int,
+) -> Iterator[str]:
+    lowered = tokenizer.vocab_size < options.vocab_size and options.tokenizer in ("bpe", "unigram")
+    if lowered:
+        yield (
+            f"the text gives only {tokenizer.vocab_size:,} pieces, so vocab_size="
+            f"{options.vocab_size} was lowered to that"
+        )
+    if unknown_tokens:
+        yield f"{unknown_tokens:,} tokens stand for characters the tokenizer does not know"
+    if VALIDATION not in splits and options.val_fraction > 0:
+        yield "there is no validation split: a single text of one character cannot be cut"
+
+
+def _find_made(options: PrepareOptions, made_from: dict[str, Any]) -> PrepareReport | None:
+    """The report of the same dataset, or None if `out` is free.
+
+    Raises:
+        DataError: `out` holds something else.
+    """
+    out = options.out
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not (out / MANIFEST).is_file():
+        raise DataError(f"{out} is taken and holds no dataset; give another --out")
+    if options.overwrite:
+        return None
+    manifest = load_manifest(out)
+    found = manifest.extra.get("made_from")
+    if not isinstance(found, dict):
+        raise DataError(f"{out} holds a dataset of unknown origin; {_MENDED}")
+    wanted = json.loads(json.dumps(made_from))
+    changed = [name for name in wanted if found.get(name) != wanted[name]]
+    if not changed:
+        return PrepareReport.of_dataset(out, manifest)
+    if changed == ["fingerprints"]:
+        raise DataError(f"{out} was prepared before its sources changed; {_MENDED}")
+    differ = ", ".join(
+        f"{name}={found.get(name)!r} there, {wanted[name]!r} now"
+        for name in changed
+        if name != "fingerprints"
+    )
+    raise DataError(f"{out} was prepared with other options ({differ}); {_MENDED}")
+
+
+def _refuse_unwritable(out: Path) -> None:
+    """Fails before the work, not after it."""
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise DataError(f"{parent} is no folder that can be written; give another --out")
+
+
+def _empty(options: PrepareOptions, tally: Tally) -> DataError:
+    dropped = ", ".join(f"{name} {count:,}" for name, count in sorted(tally.dropped.items()))
+    return DataError(
+        f"there is no text to train on in {', '.join(options.sources)} (left out: "
+        f"{dropped or 'nothing'}); give more text or relax the filters"
+    )
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1

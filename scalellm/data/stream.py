@@ -1,0 +1,306 @@
+"""The stream of batches with a cursor: the same global order for every world size and restart.
+
+Legend: B rows of this rank, T seq_len, S seq_len + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from scalellm.data.order import SampleOrder
+from scalellm.data.reader import TokenDataset
+from scalellm.data.rows import RowSource
+from scalellm.errors import ConfigError, DataError
+
+_MAX_SAMPLES = 1 << 61
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a stream stands: a few integers, the same on every rank, at most 256 bytes as JSON.
+
+    Attributes:
+        samples_consumed: samples of all ranks in the batches handed out, through all epochs.
+        epoch: samples_consumed // samples per epoch; for people, never read back.
+        seed: of the order.
+        fingerprint: of the dataset's split.
+        seq_len: targets per sample.
+        lanes: of the order; 0 without shuffling.
+    """
+
+    samples_consumed: int
+    epoch: int
+    seed: int
+    fingerprint: str
+    seq_len: int
+    lanes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Cursor:
+        """Raises DataError unless all fields are there with their types and none is negative."""
+        names = [field.name for field in fields(cls)]
+        if not isinstance(values, dict) or sorted(values) != sorted(names):
+            raise DataError(f"the cursor must have the fields {', '.join(names)}; got {values!r}")
+        for name in names:
+            value, wanted = values[name], str if name == "fingerprint" else int
+            negative = name != "seed" and wanted is int and type(value) is int and value < 0
+            if type(value) is not wanted or negative:
+                raise DataError(f"the cursor's {name} must be a {wanted.__name__}, got {value!r}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's rows of a global batch.
+
+    Attributes:
+        tokens_BS: (rows, seq_len + 1) stored dtype; inputs are [:, :-1], targets [:, 1:].
+        num_targets_B: (rows,) int32, leading targets that are real; the rest is padding, EOS.
+        global_target_tokens: sum of num_targets_B over all ranks.
+        positions_BT: (rows, seq_len) int32, position inside the document's part of this row: it
+            starts at 0 in every row and at every document; None without document_mask.
+        documents_BT: (rows, seq_len) int32, document number inside the row, from 0; or None.
+    """
+
+    tokens_BS: np.ndarray
+    num_targets_B: np.ndarray
+    global_target_tokens: int
+    positions_BT: np.ndarray | None = None
+    documents_BT: np.ndarray | None = None
+
+
+class TokenStream:
+    """Endless batches of one rank, epoch after epoch, each with the cursor to go on after it.
+
+    Global batch s holds positions [sG, (s + 1)G) of the order; rank r takes rows
+    [r G / W, (r + 1) G / W). Batches run on across the ends of epochs, so each sample comes exactly
+    once per epoch. Resuming costs the same at any place. Neither the world size nor the batch size
+    belongs to the order: both may differ on resume.
+
+    A rank decodes only blocks it reads: with G a divisor or a multiple of `lanes` the ranks share
+    the decoding, otherwise each may decode all. `seq_len` should divide the dataset's frame_tokens.
+
+    Args:
+        dataset: an open split.
+        seq_len: T, targets per sample.
+        global_batch_size: G, samples of all ranks per batch.
+        rank: this rank.
+        world_size: W, a divisor of G.
+        seed: of the order, any integer.
+        lanes: blocks read in turn: more mixes better and holds 2 * lanes blocks in memory.
+        document_mask: also give positions and document numbers.
+        decode_threads: threads that decode ahead; 0 decodes in the calling thread.
+        cursor: go on after this batch.
+        shuffle: False reads the samples in order.
+
+    Raises:
+        ConfigError: world_size does not divide global_batch_size.
+        DataError: the cursor belongs to another dataset or order; while iterating: damaged data.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        *,
+        seq_len: int,
+        global_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        lanes: int = 64,
+        document_mask: bool = False,
+        decode_threads: int = 1,
+        cursor: Cursor | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        rows = _rows_per_rank(global_batch_size, rank, world_size)
+        self._global_rows = global_batch_size
+        lanes = lanes if shuffle else 0
+        self._order = SampleOrder(dataset.num_tokens, seq_len, seed, lanes, dataset.frame_tokens)
+        self._fingerprint = dataset.fingerprint
+        self._consumed = 0
+        if cursor is not None:
+            _check_cursor(cursor, self.cursor)
+            self._consumed = cursor.samples_consumed
+        # A tail before `consumed` in this epoch is stepped over by the first batch.
+        epoch = self._consumed // self._order.num_samples
+        self._next_tail = epoch * self._order.num_samples + self._order.tail_position(epoch)
+        self._source = RowSource(
+            dataset,
+            self._order,
+            start=self._consumed,
+            stop=None,
+            global_rows=global_batch_size,
+            rank_rows=(rank * rows, (rank + 1) * rows),
+            documents=document_mask,
+            decode_threads=decode_threads,
+        )
+
+    @property
+    def cursor(self) -> Cursor:
+        """The state after the last batch handed out."""
+        order = self._order
+        epoch = self._consumed // order.num_samples
+        return Cursor(
+            self._consumed, epoch, order.seed, self._fingerprint, order.seq_len, order.lanes
+        )
+
+    def __iter__(self) -> Iterator[tuple[Batch, Cursor]]:
+        return self
+
+    def __next__(self) -> tuple[Batch, Cursor]:
+        rows = self._source.take()
+        stop = self._consumed + self._global_rows
+        missing = self._tails_before(stop) * (self._order.seq_len - self._order.tail_targets)
+        self._consumed = stop
+        global_target_tokens = self._global_rows * self._order.seq_len - missing
+        positions_BT = documents_BT = None
+        if rows.starts_nT is not None:
+            positions_BT, documents_BT = _documents(rows.starts_nT)
+        batch = Batch(
+            rows.tokens_nS, rows.num_targets_n, global_target_tokens, positions_BT, documents_BT
+        )
+        return batch, self.cursor
+
+    def __enter__(self) -> TokenStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the decode threads; safe to call twice."""
+        self._source.close()
+
+    def _tails_before(self, stop: int) -> int:
+        """Counts the short samples in [consumed, stop): one per epoch, found without a search."""
+        count, size = 0, self._order.num_samples
+        while self._next_tail < stop:
+            count += self._next_tail >= self._consumed
+            epoch = self._next_tail // size + 1
+            self._next_tail = epoch * size + self._order.tail_position(epoch)
+        return count
+
+
+def evaluation_batches(
+    dataset: TokenDataset,
+    *,
+    seq_len: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    document_mask: bool = False,
+    limit_samples: int | None = None,
+    decode_threads: int = 1,
+) -> Iterator[Batch]:
+    """Yields a split once, in order, every sample on exactly one rank, equally often on all ranks.
+
+    Args:
+        dataset: an open split.
+        seq_len: T, targets per sample.
+        batch_size: rows per rank; a global batch has batch_size * world_size samples.
+        rank: this rank.
+        world_size: number of ranks.
+        document_mask: also give positions and document numbers.
+        limit_samples: stop after this many samples of all ranks.
+        decode_threads: threads that decode ahead; 0 decodes in the calling thread.
+
+    Yields:
+        Batches of `batch_size` rows. In the last one rows beyond the end have num_targets 0.
+
+    Raises:
+        ConfigError: impossible sizes; DataError: the split is too short or damaged.
+    """
+    global_rows = batch_size * world_size
+    _rows_per_rank(global_rows, rank, world_size)
+    order = SampleOrder(dataset.num_tokens, seq_len, 0, 0, dataset.frame_tokens)
+    stop = order.num_samples
+    if limit_samples is not None:
+        if limit_samples < 1:
+            raise ConfigError(f"limit_samples={limit_samples} must be 1 sample or more")
+        stop = min(stop, limit_samples)
+    source = RowSource(
+        dataset,
+        order,
+        start=0,
+        stop=stop,
+        global_rows=global_rows,
+        rank_rows=(rank * batch_size, (rank + 1) * batch_size),
+        documents=document_mask,
+        decode_threads=decode_threads,
+    )
+    return _evaluate(source, order, stop, batch_size, global_rows, dataset.eos_id)
+
+
+def _evaluate(
+    source: RowSource, order: SampleOrder, stop: int, batch_size: int, global_rows: int, eos_id: int
+) -> Iterator[Batch]:
+    try:
+        for first in range(0, stop, global_rows):
+            rows = source.take()
+            short = batch_size - len(rows.num_targets_n)
+            last = min(first + global_rows, stop)
+            missing = order.seq_len - order.tail_targets if last == order.num_samples else 0
+            positions_BT = documents_BT = None
+            if rows.starts_nT is not None:
+                starts_BT = np.pad(rows.starts_nT, ((0, short), (0, 0)))
+                positions_BT, documents_BT = _documents(starts_BT)
+            yield Batch(
+                np.pad(rows.tokens_nS, ((0, short), (0, 0)), constant_values=eos_id),
+                np.pad(rows.num_targets_n, (0, short)),
+                (last - first) * order.seq_len - missing,
+                positions_BT,
+                documents_BT,
+            )
+    finally:
+        source.close()
+
+
+def _rows_per_rank(global_batch_size: int, rank: int, world_size: int) -> int:
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise ConfigError(f"rank={rank} must be 0 to world_size - 1 = {world_size - 1}")
+    if global_batch_size < 1 or global_batch_size % world_size:
+        nearest = max(1, round(global_batch_size / world_size)) * world_size
+        raise ConfigError(
+            f"global_batch_size={global_batch_size} samples is not a positive multiple of "
+            f"world_size={world_size}; try {nearest}"
+        )
+    return global_batch_size // world_size
+
+
+def _check_cursor(cursor: Cursor, here: Cursor) -> None:
+    if not 0 <= cursor.samples_consumed <= _MAX_SAMPLES:
+        raise DataError(
+            f"the cursor's samples_consumed={cursor.samples_consumed} is not 0 to {_MAX_SAMPLES}; "
+            "resume from another checkpoint"
+        )
+    if cursor.fingerprint != here.fingerprint:
+        raise DataError(
+            f"the cursor belongs to another dataset (fingerprint {cursor.fingerprint[:12]}, this "
+            f"one has {here.fingerprint[:12]}); resume with the dataset it was trained on, or "
+            "start a new run from its weights"
+        )
+    for name in ("seed", "seq_len", "lanes"):
+        old, new = getattr(cursor, name), getattr(here, name)
+        if old != new:
+            raise DataError(
+                f"the cursor was made with {name}={old}, this run has {name}={new}: another order "
+                f"of samples; set {name}={old}, or start a new run from its weights"
+            )
+
+
+def _documents(starts_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns positions_BT and documents_BT, int32, from where documents begin."""
+    starts_BT = starts_BT.copy()
+    starts_BT[:, 0] = False
+    documents_BT = np.cumsum(starts_BT, axis=1, dtype=np.int32)
+    index_T = np.arange(starts_BT.shape[1], dtype=np.int32)
+    first_BT = np.maximum.accumulate(np.where(starts_BT, index_T, np.int32(0)), axis=1)
+    return index_T - first_BT, documents_BT

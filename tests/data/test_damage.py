@@ -1,0 +1,346 @@
+"""Real damage to real files, and lies with right signatures: one sentence, never a wrong token."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+from helpers.token_datasets import forge_index, forge_manifest, random_documents, write_documents
+
+from scalellm.data import TokenDataset, TokenStream
+from scalellm.errors import DataError
+
+NUM_TOKENS = 64 * 5 + 10
+DOCUMENTS = random_documents(NUM_TOKENS)
+TOKENS = np.concatenate(DOCUMENTS)
+ENDS = np.cumsum([len(document) for document in DOCUMENTS])
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """330 tokens: two shards of three frames, the last one short."""
+    return write_documents(tmp_path_factory.mktemp("damage") / "data", DOCUMENTS)
+
+
+@pytest.fixture
+def path(original: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    return Path(shutil.copytree(original, tmp_path / "data"))
+
+
+def read_all(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    dataset = TokenDataset.open(path)
+    return dataset.read(0, dataset.num_tokens), dataset.document_ends(0, dataset.num_tokens)
+
+
+def refuses(path: Path, words: str) -> None:
+    with pytest.raises(DataError, match=words) as error:
+        read_all(path)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["manifest.json", "train/00000.tokens.zst", "train/00001.docs.zst", "train/00000.index"],
+)
+def test_a_flipped_bit_is_found_or_harmless(path: Path, name: str) -> None:
+    file = path / name
+    whole = file.read_bytes()
+    generator = np.random.default_rng(zlib.crc32(name.encode()))
+    found = 0
+    for bit in generator.choice(len(whole) * 8, 60, replace=False).tolist():
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        try:
+            tokens, ends = read_all(path)
+        except DataError:
+            found += 1
+            with pytest.raises(DataError):
+                TokenDataset.open(path).verify()
+            continue
+        np.testing.assert_array_equal(tokens, TOKENS)
+        np.testing.assert_array_equal(ends, ENDS)
+        with pytest.raises(DataError):
+            TokenDataset.open(path).verify()
+    # Only the seek table, which no reader of ours uses, may be damaged without being noticed.
+    assert found == 60 or name.endswith("tokens.zst")
+    assert found > 30
+
+
+@pytest.mark.parametrize("name", ["00000.tokens.zst", "00001.docs.zst", "00000.index"])
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.999])
+def test_a_truncated_file_is_named(path: Path, name: str, keep: float) -> None:
+    file = path / "train" / name
+    os.truncate(file, int(file.stat().st_size * keep))
+    refuses(path, rf"{name} has \d+ bytes, the manifest says")
+
+
+def test_a_file_truncated_after_opening_is_named(path: Path) -> None:
+    dataset = TokenDataset.open(path)
+    dataset.read(0, 10)
+    os.truncate(path / "train" / "00000.tokens.zst", 50)
+    with pytest.raises(DataError, match=r"00000\.tokens\.zst: frame \d is cut off"):
+        dataset.read(0, 192)
+
+
+@pytest.mark.parametrize("name", ["00000.tokens.zst", "00001.docs.zst", "00000.index"])
+@pytest.mark.parametrize("how", ["missing", "directory", "pipe", "link out"])
+def test_what_is_no_file_inside_is_named_and_never_hangs(path: Path, name: str, how: str) -> None:
+    file = path / "train" / name
+    moved = file.rename(path.parent / name)
+    if how == "directory":
+        file.mkdir()
+    elif how == "pipe":
+        os.mkfifo(file)
+    elif how == "link out":
+        file.symlink_to(moved)
+    words = "leads out of the dataset" if how == "link out" else "cannot be opened|regular file"
+    refuses(path, rf"{name} .*({words})")
+
+
+@pytest.mark.parametrize(
+    ("field", "frame", "value"),
+    [
+        ("offset", 1, 0),
+        ("offset", 1, 2**63),
+        ("offset", 2, 2**64 - 1),
+        ("size_bytes", 0, 0),
+        ("size_bytes", 2, 2**32 - 1),
+        ("tokens", 0, 2**31),
+        ("tokens", 1, 63),
+        ("carry", 0, 1000),
+        ("carry", 1, 0xFFFF_FFFF),
+        ("docs_offset", 2, 2**63),
+        ("docs_size_bytes", 1, 10**9),
+    ],
+)
+def test_a_lying_index_is_named(path: Path, field: str, frame: int, value: int) -> None:
+    def lie(records: np.ndarray) -> None:
+        records[field][frame] = value
+
+    forge_index(path, lie)
+    refuses(path, r"00000\.index: frame \d has a wrong")
+
+
+def test_an_index_that_repeats_a_frame_is_named(path: Path) -> None:
+    def lie(records: np.ndarray) -> None:
+        records[1] = records[0]
+
+    forge_index(path, lie)
+    refuses(path, r"00000\.index: frame 1 has a wrong offset")
+
+
+def test_a_wrong_carry_is_named(path: Path) -> None:
+    def lie(records: np.ndarray) -> None:
+        records["carry"][0] ^= 1
+
+    forge_index(path, lie)
+    refuses(path, r"frame 1 does not start with the carry token")
+
+
+def swap_frame(path: Path, content: bytes, **options: bool) -> None:
+    """Replaces the last frame of shard 0 by one of this content, with everything signed."""
+    options = {"write_checksum": True, "write_content_size": True, **options}
+    frame = zstandard.ZstdCompressor(level=3, **options).compress(content)
+    write_last_frame(path, frame)
+
+
+def write_last_frame(path: Path, frame: bytes) -> None:
+    file = path / "train" / "00000.tokens.zst"
+
+    def lie(records: np.ndarray) -> None:
+        data = file.read_bytes()[: int(records["offset"][2])] + frame
+        file.write_bytes(data)
+        records["size_bytes"][2] = len(frame)
+        records["crc32"][2] = zlib.crc32(frame)
+
+    forge_index(path, lie)
+
+    def resize(fields: dict[str, Any]) -> None:
+        fields["splits"]["train"]["shards"][0]["size_bytes"] = file.stat().st_size
+
+    forge_manifest(path, resize)
+
+
+def test_zstd_s_own_checksum_finds_what_crc32_is_told_to_accept(path: Path) -> None:
+    ids = TOKENS[128:192].astype(np.uint16)
+    frame = zstandard.ZstdCompressor(write_checksum=True).compress(ids.tobytes())
+    bits = range(0, len(frame) * 8, 7)
+    found = 0
+    for bit in bits:
+        damaged = bytearray(frame)
+        damaged[bit // 8] ^= 1 << bit % 8
+        write_last_frame(path, bytes(damaged))
+        try:
+            np.testing.assert_array_equal(read_all(path)[0], TOKENS)
+        except DataError:
+            found += 1
+    assert found >= len(bits) - 2
+
+
+def test_an_id_beyond_the_vocabulary_is_named(path: Path) -> None:
+    ids = TOKENS[128:192].astype(np.uint16)
+    swap_frame(path, ids.tobytes())
+    np.testing.assert_array_equal(read_all(path)[0], TOKENS)
+    ids[7] = 1000
+    swap_frame(path, ids.tobytes())
+    refuses(path, "00000.tokens.zst: frame 2 holds token id 1000, the vocabulary ends below 1000")
+
+
+def test_a_zstd_bomb_is_refused_before_decoding(path: Path) -> None:
+    swap_frame(path, bytes(64 << 20))
+    refuses(path, "declares 67108864 bytes of content, the limit is 128")
+
+
+def test_a_frame_that_declares_less_than_it_holds_is_refused(path: Path) -> None:
+    frame = bytearray(
+        zstandard.ZstdCompressor(level=3, write_checksum=True).compress(bytes(64 << 10))
+    )
+    header = zstandard.get_frame_parameters(bytes(frame))
+    assert header.content_size == 64 << 10
+    # Single-segment header of one byte of size; then the blocks of the large frame.
+    size = zstandard.frame_header_size(bytes(frame))
+    write_last_frame(path, b"\x28\xb5\x2f\xfd\x24\x80" + bytes(frame[size:]))
+    refuses(path, "frame 2 (cannot be decoded|does not hold)")
+
+
+@pytest.mark.parametrize("options", [{"write_checksum": False}, {"write_content_size": False}])
+def test_a_frame_without_checksum_or_size_is_refused(path: Path, options: dict[str, bool]) -> None:
+    swap_frame(path, TOKENS[128:192].astype(np.uint16).tobytes(), **options)
+    refuses(path, "frame 2 (declares|has no content checksum)")
+
+
+def test_two_zstd_frames_for_one_are_refused(path: Path) -> None:
+    compressor = zstandard.ZstdCompressor(write_checksum=True)
+    halves = (TOKENS[128:160].astype(np.uint16), TOKENS[160:192].astype(np.uint16))
+    write_last_frame(path, b"".join(compressor.compress(half.tobytes()) for half in halves))
+    refuses(path, "frame 2 declares 64 bytes")
+
+
+Fields = dict[str, Any]
+
+
+def _shard(fields: Fields) -> Fields:
+    shard: Fields = fields["splits"]["train"]["shards"][0]
+    return shard
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        ("plain path", lambda fields: _shard(fields).update(file="../00000.tokens.zst")),
+        ("plain path", lambda fields: _shard(fields).update(index="/etc/passwd")),
+        ("plain path", lambda fields: _shard(fields).update(documents="train/../../x")),
+        ("plain path", lambda fields: _shard(fields).update(file="train\\..\\x")),
+        ("plain path", lambda fields: _shard(fields).update(file="a\x00b")),
+        ("plain path", lambda fields: _shard(fields).update(file="")),
+        ("listed twice", lambda fields: _shard(fields).update(file="train/00001.tokens.zst")),
+        ("num_tokens", lambda fields: _shard(fields).update(num_tokens=-1)),
+        ("num_tokens", lambda fields: _shard(fields).update(num_tokens=2**63)),
+        ("num_tokens", lambda fields: _shard(fields).update(num_tokens=True)),
+        ("num_tokens", lambda fields: _shard(fields).update(num_tokens=192.0)),
+        ("num_frames", lambda fields: _shard(fields).update(num_frames=4)),
+        ("short frame", lambda fields: _shard(fields).update(num_tokens=191)),
+        ("num_documents", lambda fields: _shard(fields).update(num_documents=1)),
+        ("sha256", lambda fields: _shard(fields).update(sha256="0" * 63 + "G")),
+        ("sum of its shards", lambda fields: fields["splits"]["train"].update(num_tokens=331)),
+        ("shards", lambda fields: fields["splits"]["train"].update(shards=[])),
+        ("split name", lambda fields: fields["splits"].update({"../x": fields["splits"]["train"]})),
+        ("dtype", lambda fields: fields.update(dtype="uint32")),
+        ("dtype", lambda fields: fields.update(dtype="float64")),
+        ("vocab_size", lambda fields: fields.update(vocab_size=0)),
+        ("vocab_size", lambda fields: fields.update(vocab_size="1000")),
+        ("eos_id", lambda fields: fields.update(eos_id=1000)),
+        ("frame_tokens", lambda fields: fields.update(frame_tokens=2**40)),
+        ("not permitted", lambda fields: fields.update(surprise=1)),
+        ("required", lambda fields: fields.pop("eos_id")),
+        ("version 2", lambda fields: fields.update(version=2)),
+        ("version True", lambda fields: fields.update(version=True)),
+        ("not of a scalellm-tokens", lambda fields: fields.update(format="other")),
+    ],
+)
+def test_a_lying_manifest_is_named(path: Path, words: str, change: Callable[[Fields], Any]) -> None:
+    forge_manifest(path, change)
+    refuses(path, words)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("valid JSON", "{"),
+        ("valid JSON", ""),
+        ("valid JSON", "\xff\xfe"),
+        ("valid JSON", '{"a": NaN}'),
+        ("valid JSON", '{"a": 1e999}'),
+        ("valid JSON", '{"a": 1, "a": 2}'),
+        ("valid JSON", "[" * 100_000),
+        ("valid JSON", '{"a": ' + "9" * 10_000 + "}"),
+        ("not of a scalellm-tokens", "[]"),
+        ("not of a scalellm-tokens", "null"),
+    ],
+)
+def test_json_that_is_none_is_named(path: Path, words: str, text: str) -> None:
+    (path / "manifest.json").write_bytes(text.encode("latin-1"))
+    refuses(path, words)
+
+
+def test_a_huge_manifest_is_not_read(path: Path) -> None:
+    os.truncate(path / "manifest.json", 1 << 40)
+    refuses(path, "the limit is 67108864 bytes")
+
+
+def test_a_manifest_that_is_a_pipe_does_not_hang(path: Path) -> None:
+    (path / "manifest.json").unlink()
+    os.mkfifo(path / "manifest.json")
+    refuses(path, "not a regular file")
+
+
+def test_an_edited_manifest_is_noticed(path: Path) -> None:
+    forge_manifest(path, lambda fields: fields["splits"]["train"].update(num_words_text=5))
+    read_all(path)
+    forge_manifest(path, lambda fields: fields["extra"].update(note="x"), sign=False)
+    refuses(path, "does not match its own manifest_sha256")
+
+
+def test_verify_finds_documents_that_do_not_add_up(path: Path) -> None:
+    def lie(fields: Fields) -> None:
+        fields["splits"]["train"]["num_documents"] += 1
+        _shard(fields)["num_documents"] += 1
+
+    forge_manifest(path, lie)
+    with pytest.raises(DataError, match="document ends, the last at token 330"):
+        TokenDataset.open(path).verify()
+
+
+@pytest.mark.parametrize("threads", [0, 1, 2])
+def test_damage_reaches_the_consumer_of_a_stream(path: Path, threads: int) -> None:
+    file = path / "train" / "00001.tokens.zst"
+    damaged = bytearray(file.read_bytes())
+    damaged[20] ^= 1
+    file.write_bytes(damaged)
+    with TokenStream(
+        TokenDataset.open(path), seq_len=16, global_batch_size=1, lanes=2, decode_threads=threads
+    ) as stream:
+        with pytest.raises(DataError, match=r"00001\.tokens\.zst: frame 0 .*crc32"):
+            for _ in range(100):
+                next(stream)
+        with pytest.raises(DataError, match="crc32"):
+            next(stream)
+
+
+def test_the_manifest_is_plain_sorted_json(original: Path) -> None:
+    text = (original / "manifest.json").read_text()
+    fields = json.loads(text)
+    assert list(fields) == sorted(fields)
+    assert fields["format"] == "scalellm-tokens"
+    assert fields["version"] == 1
