@@ -108,11 +108,8 @@ class _Reader:
     def __init__(self, model: Decoder, num_tokens: int) -> None:
         weight = next(model.parameters())
         self._model, self._device = model, weight.device
-        dtype, device_type = weight.dtype, weight.device.type
-        if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
         room = min(num_tokens, model.config.seq_len)
-        self._cache = KVCache(model.config, 1, room, self._device, dtype)
+        self._cache = KVCache(model.config, 1, room, weight.device, weight.dtype)
         self._num_read = 0
 
     def logits_after(self, history: Sequence[int]) -> Tensor:

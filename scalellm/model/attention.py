@@ -141,7 +141,7 @@ class KVCache:
         config: the decoder's shape.
         batch: rows decoded together.
         max_tokens: room per row, in tokens; 2 * L * B * G * max_tokens * D numbers are allocated.
-        dtype: the type attention runs in: the weights', or autocast's where that is on.
+        dtype: the weights' type.
     """
 
     def __init__(

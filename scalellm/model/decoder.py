@@ -24,6 +24,16 @@ from scalellm.model.attention import KVCache, LayerCache, attend, document_mask
 IGNORED_TARGET = -100
 
 
+class Linear(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Draws nothing: `Decoder.init_weights` sets every weight, once."""
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Draws nothing: `Decoder.init_weights` sets every weight, once."""
+
+
 def rotation_table(positions_BT: Tensor, config: ModelConfig, dtype: torch.dtype) -> Tensor:
     """Returns the cosines and sines of rotary positions, (2, B, T, 1, R) in fp32 or wider.
 
@@ -78,10 +88,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.head_size, self.kernel = config.head_size, config.attention
         q_size, kv_size = config.num_heads * self.head_size, config.kv_heads * self.head_size
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.bias)
+        self.q_proj = Linear(config.hidden_size, q_size, bias=config.bias)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias=config.bias)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias=config.bias)
+        self.o_proj = Linear(q_size, config.hidden_size, bias=config.bias)
 
     def forward(
         self,
@@ -110,9 +120,9 @@ class MLP(nn.Module):
         super().__init__()
         self.gated = config.mlp == "swiglu"
         if self.gated:
-            self.gate_proj = nn.Linear(config.hidden_size, config.mlp_size, bias=config.bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.mlp_size, bias=config.bias)
-        self.down_proj = nn.Linear(config.mlp_size, config.hidden_size, bias=config.bias)
+            self.gate_proj = Linear(config.hidden_size, config.mlp_size, bias=config.bias)
+        self.up_proj = Linear(config.hidden_size, config.mlp_size, bias=config.bias)
+        self.down_proj = Linear(config.mlp_size, config.hidden_size, bias=config.bias)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         if self.gated:
@@ -123,9 +133,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP, each added to the residual stream.
 
-    All arguments are tensors or None and the output has the shape of `x_BTC`, so a block can be
-    compiled, checkpointed or sharded alone. `rotation_2BT1R` is fp32 on purpose: wrappers that
-    cast a block's inputs (FSDP2's `cast_forward_inputs`) would round the angles.
+    In training all arguments are tensors or None and the output has the shape of `x_BTC`, so a
+    block can be compiled, checkpointed or sharded alone. `rotation_2BT1R` is fp32 on purpose:
+    wrappers that cast a block's inputs (FSDP2's `cast_forward_inputs`) would round the angles.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -169,18 +179,15 @@ class Decoder(nn.Module):
                 "model.vocab_size is null: set it, in tokens, or take it from the prepared dataset"
             )
         self.config = config
-        device = torch.get_default_device()
-        with torch.device("meta"):  # the layers' own initialisation costs nothing there
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-            if config.positions == "learned":
-                self.embed_positions = nn.Embedding(config.seq_len, config.hidden_size)
-            self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-            self.norm = make_norm(config) if config.norm_position == "pre" else nn.Identity()
-            if not config.tie_embeddings:
-                self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        if config.positions == "learned":
+            self.embed_positions = Embedding(config.seq_len, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = make_norm(config) if config.norm_position == "pre" else nn.Identity()
+        if not config.tie_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        if device.type != "meta":
-            self.to_empty(device=device)
+        if not self.embed_tokens.weight.is_meta:
             self.init_weights()
 
     def initial_weights(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from scalellm.data import DatasetWriter
+from scalellm.data import Batch, Cursor, DatasetWriter, TokenDataset, TokenStream
 from scalellm.data.format import INDEX_HEADER, INDEX_RECORD
+from scalellm.data.order import SampleOrder
 
 EOS_ID = 0
 
@@ -85,3 +88,28 @@ def forge_index(path: Path, change: Callable[[np.ndarray], Any], shard: int = 0)
         entry["index_sha256"] = hashlib.sha256(data).hexdigest()
 
     forge_manifest(path, sign)
+
+
+def take(dataset: TokenDataset, count: int, **options: Any) -> list[tuple[Batch, Cursor]]:
+    with TokenStream(dataset, **{"seq_len": 16, "global_batch_size": 4, **options}) as stream:
+        return list(itertools.islice(stream, count))
+
+
+def expected_rows(
+    dataset: TokenDataset, order: SampleOrder, positions: range
+) -> tuple[np.ndarray, np.ndarray]:
+    """The definition: sample k is tokens [kT, (k + 1)T], a short one is padded with EOS."""
+    T = order.seq_len
+    epochs, within = np.divmod(np.array(positions), order.num_samples)
+    samples = np.empty(len(positions), np.int64)
+    for epoch in set(epochs.tolist()):
+        samples[epochs == epoch] = order.samples(within[epochs == epoch], epoch)
+    padded = np.full(order.num_samples * T + 1, dataset.eos_id, dataset.dtype)
+    padded[: dataset.num_tokens] = all_tokens(dataset)
+    rows = padded[samples[:, None] * T + np.arange(T + 1)]
+    return rows, np.minimum(T, dataset.num_tokens - 1 - samples * T)
+
+
+@functools.lru_cache(maxsize=4)
+def all_tokens(dataset: TokenDataset) -> np.ndarray:
+    return dataset.read(0, dataset.num_tokens)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.tiny_decoders import GPT2, LLAMA, SHAPES, VASWANI, VOCAB, build, draw_tokens
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
@@ -246,6 +247,13 @@ def test_default_dtype_is_respected() -> None:
     finally:
         torch.set_default_dtype(before)
     assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+def test_it_can_be_simulated_without_memory() -> None:
+    with FakeTensorMode():
+        model, tokens_BT = Decoder(ModelConfig(**GPT2)), torch.zeros(2, 8, dtype=torch.long)
+        model(tokens_BT, tokens_BT).backward()
+    assert all(isinstance(p.grad, FakeTensor) for p in model.parameters())
 
 
 @pytest.mark.parametrize("preset", PRESETS)
