@@ -157,7 +157,7 @@ def make_contestants(
     dataset: TokenDataset, memmap: np.ndarray, seq_len: int, batch: int
 ) -> dict[str, Callable[[], Run]]:
     """Returns name -> function that makes one measured pass over about one epoch."""
-    num_batches = max(dataset.num_tokens // (seq_len * batch), 2)
+    num_batches = max(dataset.num_tokens // (seq_len * batch) - 1, 1)
     frames = _compressed_frames(dataset)
 
     def ours(threads: int) -> Callable[[], Run]:
@@ -201,16 +201,18 @@ def _loader(memmap: np.ndarray, seq_len: int, batch: int, workers: int) -> Itera
 
 
 def _loop(start: Callable[[], Iterator[int]], num_batches: int) -> Run:
-    """Consumes batches; CPU time is of all threads and of worker processes until they end."""
-    began, cpu = time.perf_counter(), _cpu_s()
+    """Consumes batches; rates leave out the first batch, which is timed by itself.
+
+    CPU time is of all threads, and of worker processes with their start, known when they end.
+    """
+    began = time.perf_counter()
     batches = start()
-    tokens = next(batches)
-    first_ms = (time.perf_counter() - began) * 1e3
-    for _ in range(num_batches - 1):
-        tokens += next(batches)
-    wall_s = time.perf_counter() - began
+    next(batches)
+    warm, cpu = time.perf_counter(), _cpu_s()
+    tokens = sum(next(batches) for _ in range(num_batches))
+    wall_s = time.perf_counter() - warm
     batches.close()  # type: ignore[attr-defined]
-    return Run(tokens, wall_s, _cpu_s() - cpu, first_ms)
+    return Run(tokens, wall_s, _cpu_s() - cpu, (warm - began) * 1e3)
 
 
 def _decode_all(frames: list[bytes], dataset: TokenDataset) -> Run:

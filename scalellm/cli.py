@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import os
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +32,9 @@ Command = Callable[[Sequence[str]], int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code; a user's mistake is one sentence on stderr."""
+    # Read by OpenMP when torch loads. Its own default lets a waiting thread spin for milliseconds,
+    # which costs up to six times the speed when anything else runs on the machine (docs/log.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(arguments)
@@ -116,7 +120,7 @@ def _train(argv: Sequence[str]) -> int:
     parser.add_argument("--config", help="the config file, if not the first word")
     parser.add_argument("--nproc", type=int, help="start so many ranks on this machine")
     parser.add_argument("--resume", metavar="auto|DIR", help="go on from a checkpoint")
-    # The deepspeed launcher appends this; LOCAL_RANK in the environment says the same.
+    # The deepspeed launcher appends this; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(argv)
     words: list[str] = options.words

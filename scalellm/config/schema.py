@@ -149,7 +149,7 @@ class TrainConfig(Section):
     schedule: Literal["constant", "cosine", "linear", "wsd"] = setting(
         "cosine", "after the warm-up"
     )
-    warmup_steps: int = setting(0, "linear warm-up", unit="steps", ge=0)
+    warmup_steps: int = setting(0, "linear warm-up; may be longer than the run", unit="steps", ge=0)
     decay_steps: int | None = setting(
         None, "length of wsd's final decay; null: a fifth of steps", unit="steps", ge=0
     )
@@ -169,20 +169,10 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check_schedule(self) -> TrainConfig:
-        if self.warmup_steps > self.steps:
-            raise ValueError(
-                f"warmup_steps={self.warmup_steps} is more than steps={self.steps}; "
-                f"try warmup_steps={self.steps // 10}"
-            )
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate={self.min_learning_rate:g} is above "
                 f"learning_rate={self.learning_rate:g}; lower it"
-            )
-        if self.schedule == "wsd" and self.warmup_steps + self.wsd_decay_steps > self.steps:
-            raise ValueError(
-                f"warmup_steps={self.warmup_steps} + decay_steps={self.wsd_decay_steps} is more "
-                f"than steps={self.steps}; shorten one of them"
             )
         return self
 

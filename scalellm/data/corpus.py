@@ -62,7 +62,12 @@ class PrepareOptions:
             ("min_chars", self.min_chars, self.min_chars >= 0, "0 or more characters"),
             ("num_workers", self.num_workers, self.num_workers >= 0, "0 (all cores) or more"),
             ("seed", self.seed, 0 <= self.seed < 1 << 63, "in [0, 2^63)"),
-            ("limit_bytes", self.limit_bytes, (self.limit_bytes or 1) > 0, "1 byte or more"),
+            (
+                "limit_bytes",
+                self.limit_bytes,
+                self.limit_bytes is None or self.limit_bytes > 0,
+                "1 byte or more",
+            ),
         )
         for name, value, fits, limit in limits:
             if not fits:
@@ -125,10 +130,11 @@ class Corpus:
 
     def _texts(self, sources: list[Source], tally: Tally) -> Iterator[str]:
         min_chars = self._options.min_chars
+        too_short = f"shorter than {min_chars} characters" if min_chars > 1 else "empty"
         for source in sources:
             for document in source.documents(tally):
                 if len(document.text.strip()) < min_chars:
-                    tally.dropped[f"shorter than {min_chars} characters"] += 1
+                    tally.dropped[too_short] += 1
                 elif not _is_unicode(document.text):
                     tally.dropped["not valid Unicode"] += 1
                 else:

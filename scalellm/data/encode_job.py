@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +67,9 @@ _tokenizer: Tokenizer | None = None
 def load(path: Path) -> None:
     """Loads the tokenizer of this process."""
     global _tokenizer
+    if multiprocessing.parent_process() is not None:
+        # One core a worker: the package tokenizers would start a thread per core in each.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _tokenizer = load_tokenizer(path)
 
 

@@ -49,7 +49,7 @@ _COMMON_HANZI = frozenset(
 # Dashes, quotation marks and dots; CJK punctuation; full-width ASCII and signs; the middle dot.
 _CHINESE_MARKS = ((0x2010, 0x203B), (0x3000, 0x3020), (0xFF01, 0xFFE5), (0xB7, 0xB7))
 _MIN_COMMON_HANZI = 2
-_MIN_COMMON_SHARE = 0.35
+_MIN_COMMON_SHARE = 0.45
 _MAX_ODD_SHARE = 0.1
 
 # The accented letters of the languages that are written in cp1252. The letters of a file must fit
@@ -91,7 +91,7 @@ def check_encoding_name(name: str) -> str:
     if name == AUTO:
         return name
     try:
-        b"".decode(name)
+        b" ".decode(name)
         normal = codecs.lookup(name).name
     except LookupError:
         raise UserError(
@@ -206,7 +206,7 @@ def _is_western(sample: bytes) -> bool:
     strange = sum(len(pattern.findall(text)) for pattern in _STRANGE)
     best = max(sum(accented[char] for char in letters) for letters in _WESTERN_LETTERS.values())
     return (
-        ascii_letters >= 2 * accented.total()
+        ascii_letters >= accented.total()
         and ascii_letters > 0
         and strange <= 0.01 * accented.total()
         and best >= _MIN_LANGUAGE_SHARE * accented.total()

@@ -117,7 +117,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 def _died(who: str) -> UserError:
     return UserError(
-        f"{who} died, most often because memory ran out; use fewer workers (--num-workers 1) or "
+        f"{who} died, most often because memory ran out; use fewer workers (--workers 1) or "
         "close other programs"
     )
 

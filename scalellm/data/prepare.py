@@ -29,7 +29,7 @@ from scalellm.data.pool import call_in_process, ordered_map, sigterm_as_interrup
 from scalellm.data.prepare_report import PrepareReport, SplitReport
 from scalellm.data.split import TRAIN, VALIDATION, TextSample
 from scalellm.data.tokenizer import Tokenizer, load_tokenizer
-from scalellm.data.tokenizer_training import SAMPLE_BYTES, train_tokenizer
+from scalellm.data.tokenizer_training import sample_bytes, train_tokenizer
 from scalellm.data.writer import DatasetWriter
 from scalellm.errors import DataError
 
@@ -94,7 +94,7 @@ def _tokenizer_for(
 ) -> Tokenizer:
     if not options.trains_tokenizer:
         return load_tokenizer(Path(options.tokenizer))
-    sample = TextSample(SAMPLE_BYTES[options.tokenizer], options.seed)
+    sample = TextSample(sample_bytes(options.tokenizer, options.vocab_size), options.seed)
     tally, read_bytes = Tally(), 0
     with show.bar("reading") as bar:
         for split, text in corpus.split_texts(tally):

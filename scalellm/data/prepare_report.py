@@ -75,8 +75,8 @@ class PrepareReport:
         lines = [self._headline()]
         for name, split in self.splits.items():
             lines.append(
-                f"  {name:<10} {split.documents:>11,} documents {split.text_bytes / _MB:>11,.2f} MB"
-                f" {split.tokens:>14,} tokens"
+                f"  {name:<10} documents {split.documents:>11,}"
+                f"   MB {split.text_bytes / _MB:>11,.2f}   tokens {split.tokens:>14,}"
             )
         for title, counts in (("left out", self.dropped), ("encodings", self.encodings)):
             if any(counts.values()):

@@ -222,7 +222,7 @@ def _hash_order(root: Path) -> Callable[[Path], bytes]:
 
 def _identity(path: Path) -> str:
     stat = path.stat()
-    return f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    return f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}"
 
 
 def _digest(*parts: str) -> str:

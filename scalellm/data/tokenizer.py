@@ -86,8 +86,9 @@ class SentencePieceTokenizer:
 
     Sentencepiece searches a whole text at once. Where no piece can reach over the end of a word,
     the same ids come out word by word, and words repeat: they are encoded once and remembered,
-    which measured 2 to 10 times as fast. For bpe the ids are those of sentencepiece, for unigram
-    too, except where two segmentations are equally likely within float rounding.
+    which measured 1.3 (program text) to 4 times (prose) as fast. For bpe the ids are those of
+    sentencepiece; for unigram too, except where two segmentations are equally likely within float
+    rounding.
     """
 
     def __init__(self, path: Path) -> None:
@@ -98,6 +99,8 @@ class SentencePieceTokenizer:
         try:
             self._processor: Any = sentencepiece.SentencePieceProcessor(model_proto=data)
             spec = _ModelSpec(data)
+            if not spec.has_pieces:
+                raise ValueError("it has no pieces")
         except (RuntimeError, ValueError, IndexError) as error:
             raise DataError(f"{path} is damaged or no sentencepiece model: {error}") from None
         self.kind = spec.kind
@@ -231,6 +234,7 @@ class _ModelSpec:
 
     def __init__(self, data: bytes) -> None:
         top = dict(_proto_fields(data))
+        self.has_pieces = 1 in top
         trainer = dict(_proto_fields(_as_bytes(top.get(2))))
         normalizer = dict(_proto_fields(_as_bytes(top.get(3))))
         self.kind = self._KINDS[int(trainer.get(3, 1))]

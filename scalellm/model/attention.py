@@ -25,13 +25,14 @@ EXPLICIT_MAX_TOKENS_EMULATED_BF16 = 256
 _HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
-def _cpu_multiplies_bf16() -> bool:
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has bf16 matrix instructions; without them bf16 is slower than fp32."""
     capabilities: dict[str, object] = dict(getattr(torch.cpu, "get_capabilities", dict)())
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 _EXPLICIT_MAX_TOKENS = (
-    EXPLICIT_MAX_TOKENS_NATIVE_BF16 if _cpu_multiplies_bf16() else EXPLICIT_MAX_TOKENS_EMULATED_BF16
+    EXPLICIT_MAX_TOKENS_NATIVE_BF16 if cpu_multiplies_bf16() else EXPLICIT_MAX_TOKENS_EMULATED_BF16
 )
 
 

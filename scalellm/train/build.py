@@ -17,7 +17,7 @@ from scalellm.dist import World, ranks, sum_over_ranks
 from scalellm.errors import CheckpointError, ConfigError, UserError
 from scalellm.evaluate import Evaluation, evaluate
 from scalellm.metrics import Progress, open_writers
-from scalellm.model import Decoder, count_parameters
+from scalellm.model import Decoder, count_parameters, cpu_multiplies_bf16
 from scalellm.train.folder import RunFolder
 from scalellm.train.guards import EarlyStopping, NonFiniteGuard, StopSignal
 from scalellm.train.loop import Run, train
@@ -281,3 +281,9 @@ def _announce(
         print(f"resumed from {source.path}")
     if config.train.compile:
         print("compiling the decoder blocks: about a minute before the first step")
+    if (
+        config.train.precision == "bf16"
+        and world.device.type == "cpu"
+        and not cpu_multiplies_bf16()
+    ):
+        print("note: this CPU has no bf16 instructions; fp32 is about three times faster on it")

@@ -107,3 +107,15 @@ def test_verify_counts_tokens_and_documents(tmp_path: Path) -> None:
     seen: list[int] = []
     dataset.verify(seen.append)
     assert sum(seen) == 1000
+
+
+def test_the_snippet_of_the_format_page_runs(
+    dataset: TokenDataset, documents: list[np.ndarray], capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Path(__file__).parents[2] / "docs" / "data-format.md"
+    snippet = page.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    names: dict[str, object] = {}
+    exec(snippet.replace('Path("data")', f"Path({str(dataset.path)!r})"), names)
+    assert capsys.readouterr().out.startswith("64 ids,")
+    np.testing.assert_array_equal(names["documents"][0], documents[0])  # type: ignore[index]
+    assert names["carry"] == np.concatenate(documents)[64]

@@ -33,6 +33,11 @@ def test_wsd_is_stable_then_decays() -> None:
     assert found[6:] == pytest.approx([0.75, 0.5, 0.25, 0.0])
 
 
+def test_a_warmup_longer_than_the_run_never_ends() -> None:
+    """`train.steps=4` on a config made for a longer run is a trial, not a mistake."""
+    assert rates(steps=4, warmup_steps=8) == [0.125, 0.25, 0.375, 0.5]
+
+
 @given(
     st.sampled_from(["constant", "cosine", "linear", "wsd"]),
     st.integers(1, 200),
