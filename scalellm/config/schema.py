@@ -196,6 +196,15 @@ class EvalConfig(Section):
     sample_prompt: str | None = setting(None, "shown continued at the end of the run")
     sample_tokens: int = setting(200, "length of that sample", unit="tokens", ge=1)
 
+    @model_validator(mode="after")
+    def _check_patience(self) -> EvalConfig:
+        if self.early_stop_patience and not self.every_steps:
+            raise ValueError(
+                f"early_stop_patience={self.early_stop_patience} evaluations needs every_steps "
+                "above 0; try every_steps=100"
+            )
+        return self
+
 
 class CheckpointConfig(Section):
     every_steps: int = setting(0, "0: only at the end", unit="steps", ge=0)

@@ -108,7 +108,7 @@ def _tokenizer_for(
     chars = sum(map(len, texts))
     if not texts:
         raise _empty(options, tally)
-    show.say(f"training the {options.tokenizer} tokenizer on {chars / _MB:,.1f} M characters …")
+    show.say(f"training the {options.tokenizer} tokenizer on {chars:,} characters …")
     job = (options.tokenizer, texts, options.vocab_size, out)
     if chars < _TRAIN_HERE_CHARS:
         _train(*job)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
@@ -12,12 +13,18 @@ from scalellm.errors import DivergedError
 
 
 class StopSignal:
-    """Turns the first SIGTERM or SIGINT into a flag; a second one ends the process at once."""
+    """Turns the first SIGTERM or SIGINT into a flag; a later second one ends the process at once.
+
+    Later means by `REPEAT_S`: Ctrl-C in a terminal reaches a rank twice within milliseconds, from
+    the terminal and from the launcher that passes it on.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    REPEAT_S = 2.0
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._received_s = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -35,8 +42,11 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        signal.signal(number, signal.SIG_DFL)
+        if self.received is None:
+            self.received, self._received_s = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self._received_s > self.REPEAT_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
 
 @dataclass

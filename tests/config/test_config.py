@@ -29,6 +29,7 @@ from scalellm.errors import ConfigError
         ({"model": {"preset": "char-tny"}}, "did you mean 'char-tiny'"),
         ({"model": {"hidden_size": 64, "num_heads": 5}}, "try hidden_size=60 or 65"),
         ({"model": {"num_heads": 4, "num_kv_heads": 3}}, "try one of 1, 2, 4"),
+        ({"eval": {"early_stop_patience": 2}}, "needs every_steps above 0"),
         ({"train": {"learning_rate": 1e-3, "min_learning_rate": 1e-2}}, "lower it"),
     ],
 )

@@ -102,6 +102,15 @@ def test_damaged_compression_is_an_error_not_a_short_corpus(
         read(tmp_path)
 
 
+def test_a_file_cut_between_lines_is_noticed(tmp_path: Path) -> None:
+    """The text read so far is whole lines; only the compression knows that more was there."""
+    first, second = json_lines({"text": "first"}), json_lines({"text": "second"})
+    cut = zstandard.compress(first) + zstandard.compress(second)[:10]
+    (tmp_path / "data.jsonl.zst").write_bytes(cut)
+    with pytest.raises(DataError, match=r"data\.jsonl\.zst is damaged: it ends too early"):
+        read(tmp_path)
+
+
 def test_an_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lines, "MAX_LINE_BYTES", 1000)
     monkeypatch.setattr(lines, "_BLOCK_BYTES", 100)

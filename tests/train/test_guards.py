@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -14,9 +16,22 @@ def test_first_signal_is_a_flag_and_handlers_come_back() -> None:
     with StopSignal() as stop:
         assert stop.received is None
         os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # at once: the launcher's copy, not impatience
         assert stop.received is signal.SIGTERM
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second one ends at once
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_later_second_signal_ends_the_process() -> None:
+    code = """
+import os, signal, time
+from scalellm.train.guards import StopSignal
+StopSignal.REPEAT_S = 0.0
+with StopSignal() as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGTERM
 
 
 def test_guard_counts_only_steps_in_a_row() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -227,6 +228,7 @@ def _start(values: Values, folder: Path, *arguments: str) -> subprocess.Popen[st
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -273,7 +275,10 @@ def test_a_signal_saves_and_leaves_with_3(
     run_dir = Path(tiny_values["run"]["dir"])
     process = _start(tiny_values, tmp_path, "--nproc", str(nproc))
     _wait_for_step(run_dir, 3)
-    process.send_signal(number)
+    if number == signal.SIGINT:  # as a terminal does: launcher and ranks get it, all at once
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 3, output
     assert f"stopped by {number.name} at step" in output and "--resume auto" in output
