@@ -95,6 +95,6 @@ def test_only_dist_reads_the_environment_for_ranks() -> None:
 
 
 def test_data_needs_no_torch() -> None:
-    """`scalellm prepare` forks workers and starts in a blink: it must not import torch."""
+    """`scalellm prepare` starts workers and answers in a blink: it must not import torch."""
     code = "import sys, scalellm.data, scalellm.data.prepare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -30,7 +30,7 @@ _LLAMA3: dict[str, Any] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "char-tiny": {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "seq_len": 128},
-    "stdlib-small": {"num_layers": 4, "hidden_size": 192, "num_heads": 6, "seq_len": 256},
+    "stdlib-small": {"num_layers": 3, "hidden_size": 192, "num_heads": 6, "seq_len": 128},
     "cpu-bench": {
         "num_layers": 6,
         "hidden_size": 384,

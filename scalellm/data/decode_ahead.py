@@ -67,7 +67,8 @@ class BlockDecoder:
         self.windows = self._as_windows(self._ring)
         self.start_windows = None if self._starts is None else self._as_windows(self._starts)
         self._queue: SimpleQueue[Block | None] = SimpleQueue()
-        self._closed = False
+        # No block may enter the queue behind the None that ends its thread: it would wait for ever.
+        self._closing, self._closed = threading.Lock(), False
         self._threads = [
             threading.Thread(target=self._work, name=f"decode-{number}", daemon=True)
             for number in range(threads)
@@ -77,8 +78,11 @@ class BlockDecoder:
 
     def submit(self, block: Block) -> None:
         """Hands a block to the threads, which take blocks in the order of submission."""
-        if self._threads:
-            self._queue.put(block)
+        with self._closing:
+            if self._closed:
+                _fail(block)
+            elif self._threads:
+                self._queue.put(block)
 
     def wait(self, block: Block) -> None:
         """Returns when the block is in the ring.
@@ -94,10 +98,11 @@ class BlockDecoder:
             raise block.error
 
     def stop(self) -> None:
-        """Tells the threads to end; blocks still queued fail at once, so no waiter is left."""
-        self._closed = True
-        for _ in self._threads:
-            self._queue.put(None)
+        """Tells the threads to end; blocks queued or submitted later fail, so no waiter is left."""
+        with self._closing:
+            self._closed = True
+            for _ in self._threads:
+                self._queue.put(None)
 
     def join(self) -> None:
         """Waits for the threads, but never for ever: a read from a dead disk may not return."""
@@ -109,9 +114,10 @@ class BlockDecoder:
             self._fill(block)
 
     def _fill(self, block: Block) -> None:
+        if self._closed:
+            _fail(block)
+            return
         try:
-            if self._closed:
-                raise ValueError("the stream is closed")
             self._decode(block)
         except BaseException as error:
             block.error = error
@@ -139,3 +145,8 @@ class BlockDecoder:
             (*ring.strides[:2], T * item, item),
             writeable=False,
         )
+
+
+def _fail(block: Block) -> None:
+    block.error = ValueError("the stream is closed")
+    block.pending.release()

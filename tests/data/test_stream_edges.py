@@ -16,6 +16,7 @@ from helpers.token_datasets import (
 )
 
 from scalellm.data import TokenDataset, TokenStream, evaluation_batches
+from scalellm.data.decode_ahead import Block, BlockDecoder
 from scalellm.data.order import SampleOrder
 from scalellm.errors import ConfigError
 
@@ -149,12 +150,27 @@ def test_close_while_another_thread_waits(
         except ValueError as error:
             errors.append(error)
 
-    consumer = threading.Thread(target=consume)
+    consumer = threading.Thread(target=consume, daemon=True)
     consumer.start()
-    closer = threading.Thread(target=stream.close)
+    closer = threading.Thread(target=stream.close, daemon=True)
     closer.start()
     release.set()
     for thread in (consumer, closer):
         thread.join(20)
         assert not thread.is_alive()
+    assert decode_threads() == []
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_block_submitted_after_the_end_fails_at_once(
+    counting: TokenDataset, threads: int
+) -> None:
+    order = SampleOrder(NUM_TOKENS, 16, 0, 4, counting.frame_tokens)
+    decoder = BlockDecoder(counting, order, documents=False, threads=threads)
+    decoder.stop()
+    block = Block(number=0, half=0, place=0)
+    decoder.submit(block)
+    with pytest.raises(ValueError, match="the stream is closed"):
+        decoder.wait(block)
+    decoder.join()
     assert decode_threads() == []
