@@ -1,7 +1,7 @@
 """The one script that every launcher starts.
 
-    python launch/train.py --config configs/char-tiny.yaml train.steps=100
-    torchrun --nproc-per-node 2 launch/train.py --config configs/char-tiny.yaml
+python launch/train.py --config configs/char-tiny.yaml train.steps=100
+torchrun --nproc-per-node 2 launch/train.py --config configs/char-tiny.yaml
 """
 
 import sys

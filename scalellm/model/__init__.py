@@ -4,4 +4,11 @@ from scalellm.model.attention import KVCache, cpu_multiplies_bf16
 from scalellm.model.count import count_parameters, flops_per_token
 from scalellm.model.decoder import IGNORED_TARGET, Decoder
 
-__all__ = ["IGNORED_TARGET", "Decoder", "KVCache", "count_parameters", "cpu_multiplies_bf16", "flops_per_token"]
+__all__ = [
+    "IGNORED_TARGET",
+    "Decoder",
+    "KVCache",
+    "count_parameters",
+    "cpu_multiplies_bf16",
+    "flops_per_token",
+]

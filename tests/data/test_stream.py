@@ -162,6 +162,10 @@ def test_a_rank_decodes_only_what_it_reads(
         reads.clear()
         take(counting, 4, global_batch_size=16, lanes=16, rank=rank, world_size=4, decode_threads=0)
         assert len(reads) == len(set(reads)) == 4
+    cursor = Cursor(5, 0, 0, counting.fingerprint, 16, 16)
+    reads.clear()
+    take(counting, 1, global_batch_size=1, lanes=16, decode_threads=0, cursor=cursor)
+    assert len(reads) == 1
 
 
 def test_ids_above_65_536(tmp_path: Path) -> None:

@@ -39,28 +39,28 @@ def texts(tmp_path_factory: pytest.TempPathFactory, documents: list[np.ndarray])
     return TokenDataset.open(write_documents(tmp_path_factory.mktemp("t") / "d", documents))
 
 
-@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize(("seq_len", "threads"), [(16, 0), (50, 0), (50, 2)])
 def test_document_numbers_and_positions(
-    texts: TokenDataset, documents: list[np.ndarray], threads: int
+    texts: TokenDataset, documents: list[np.ndarray], seq_len: int, threads: int
 ) -> None:
     number = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
-    order = SampleOrder(NUM_TOKENS, 50, 0, 64, texts.frame_tokens)
+    order = SampleOrder(NUM_TOKENS, seq_len, 0, 64, texts.frame_tokens)
     consumed = 0
     for batch, _ in take(
-        texts, 60, seq_len=50, global_batch_size=3, document_mask=True, decode_threads=threads
+        texts, 60, seq_len=seq_len, global_batch_size=3, document_mask=True, decode_threads=threads
     ):
         assert batch.positions_BT is not None
         assert batch.documents_BT is not None
         assert batch.positions_BT.dtype == batch.documents_BT.dtype == np.int32
         for row in range(3):
             epoch, within = divmod(consumed + row, order.num_samples)
-            start = int(order.samples(np.array([within]), epoch)[0]) * 50
+            start = int(order.samples(np.array([within]), epoch)[0]) * seq_len
             real = int(batch.num_targets_B[row])
             inside = number[start : start + real]
             np.testing.assert_array_equal(batch.documents_BT[row, :real], inside - inside[0])
             want = [inside[: i + 1].tolist().count(inside[i]) - 1 for i in range(real)]
             np.testing.assert_array_equal(batch.positions_BT[row, :real], want)
-            assert batch.positions_BT[row].max() < 50
+            assert batch.positions_BT[row].max() < seq_len
         consumed += 3
 
 
