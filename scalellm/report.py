@@ -64,12 +64,14 @@ def _plot_learning_rate(axes: Any, steps: list[Row]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _smooth(values: list[float], weight: float = 0.95) -> list[float]:
-    """Exponential average, corrected for its start (as Adam's moments are)."""
-    average, smoothed = 0.0, []
-    for count, value in enumerate(values, start=1):
-        average = weight * average + (1 - weight) * value
-        smoothed.append(average / (1 - weight**count))
+def _smooth(values: list[float]) -> list[float]:
+    """Mean over a centred window of a fortieth of the run, narrower at the ends."""
+    half = max(1, len(values) // 80)
+    smoothed = []
+    for index in range(len(values)):
+        reach = min(half, index, len(values) - 1 - index)
+        window = values[index - reach : index + reach + 1]
+        smoothed.append(sum(window) / len(window))
     return smoothed
 
 

@@ -89,6 +89,7 @@ def _write_part(directory: Path, pieces: Iterable[Piece], rank: int) -> None:
     for name, content in files.items():
         path = directory / name
         save_file(content, path)
+        path.chmod(0o644)  # safetensors makes them private; other people resume runs too
         _fsync(path)
         listed[name] = {"size_bytes": path.stat().st_size, "sha256": sha256_of(path)}
     _write_json(directory / f"part-{rank:05d}.json", {"files": listed, "tensors": tensors})

@@ -125,7 +125,7 @@ def _build(
     run.stream = iter(stream)
     if world.is_main:
         folder.describe(config, world, dataset.tokenizer_path)
-        run.writers = open_writers(config, folder.path, run.step)
+        run.writers = open_writers(config, folder.path, -1 if source is None else run.step)
         run.writers.append(Progress(run.step, config.train.steps, shown=True))
         for writer in run.writers:
             stack.callback(writer.close)

@@ -52,6 +52,8 @@ def train(run: Run, stop: StopSignal) -> str:
     """
     config = run.config.train
     ended = "done"
+    if run.step == 0 and run.config.eval.every_steps:
+        _evaluate(run)  # where it starts from
     while run.step < config.steps and not run.early_stopping.should_stop:
         row, stop_asked = _train_step(run, stop)
         if run.step % config.log_every_steps == 0 or run.step == config.steps:

@@ -14,6 +14,7 @@ import zstandard
 from helpers.token_datasets import forge_index, forge_manifest, random_documents, write_documents
 
 from scalellm.data import TokenDataset, TokenStream
+from scalellm.data.format import INDEX_HEADER, INDEX_RECORD
 from scalellm.errors import DataError
 
 NUM_TOKENS = 64 * 5 + 10
@@ -73,6 +74,16 @@ def test_a_flipped_bit_is_found_or_harmless(path: Path, name: str) -> None:
     # Only the seek table, which no reader of ours uses, may be damaged without being noticed.
     assert found == 60 or name.endswith("tokens.zst")
     assert found > 30
+
+
+def test_a_flipped_bit_in_a_carry_is_found_before_it_is_used(path: Path) -> None:
+    file = path / "train" / "00000.index"
+    damaged = bytearray(file.read_bytes())
+    damaged[INDEX_HEADER.itemsize + INDEX_RECORD.fields["carry"][1]] ^= 1
+    file.write_bytes(damaged)
+    # The 65th token comes from the carry alone: no second frame is there to compare with.
+    with pytest.raises(DataError, match=r"00000\.index: does not match its sha256"):
+        TokenDataset.open(path).read(0, 65)
 
 
 @pytest.mark.parametrize("name", ["00000.tokens.zst", "00001.docs.zst", "00000.index"])

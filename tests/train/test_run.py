@@ -57,7 +57,7 @@ def test_a_run_leaves_a_full_folder(tiny_values: Values) -> None:
     assert found[-1]["tokens"] == 6 * 8 * 32
     wanted = {"grad_norm", "learning_rate", "tokens_per_s", "step_time_s", "data_wait_s"}
     assert wanted | {"peak_rss_bytes"} <= found[0].keys()
-    assert [row["step"] for row in rows(config, "eval")] == [3, 6]
+    assert [row["step"] for row in rows(config, "eval")] == [0, 3, 6]
     assert list((run_dir / "tensorboard").iterdir())
     resolved = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert resolved["model"]["vocab_size"] > 10  # filled in from the dataset
@@ -167,9 +167,9 @@ def test_early_stopping(tiny_values: Values) -> None:
         "max_samples": 2,
     }
     outcome = _train(tiny_values)
-    assert (outcome.reason, outcome.step) == ("early stop", 3)
-    assert outcome.run_dir.joinpath("checkpoints/step-00000003").is_dir()
-    assert _train(tiny_values, resume="auto").step == 3
+    assert (outcome.reason, outcome.step) == ("early stop", 2)
+    assert outcome.run_dir.joinpath("checkpoints/step-00000002").is_dir()
+    assert _train(tiny_values, resume="auto").step == 2
 
 
 def _poisoned(values: Values) -> tuple[list[int], list[bytes]]:
