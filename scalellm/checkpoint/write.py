@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,12 +19,12 @@ from scalellm.checkpoint.layout import (
     VERSION,
     WRITING_SUFFIX,
     checksum,
-    fsync_directory,
     sha256_of,
     step_name,
     steps_in,
 )
 from scalellm.dist import World, barrier, sum_over_ranks
+from scalellm.durable import fsync_path
 from scalellm.errors import CheckpointError
 from scalellm.strategies import Piece
 
@@ -90,7 +89,7 @@ def _write_part(directory: Path, pieces: Iterable[Piece], rank: int) -> None:
         path = directory / name
         save_file(content, path)
         path.chmod(0o644)  # safetensors makes them private; other people resume runs too
-        _fsync(path)
+        fsync_path(path)
         listed[name] = {"size_bytes": path.stat().st_size, "sha256": sha256_of(path)}
     _write_json(directory / f"part-{rank:05d}.json", {"files": listed, "tensors": tensors})
 
@@ -115,11 +114,11 @@ def _commit(temporary: Path, target: Path, step: int, meta: dict[str, Any], rank
         part_path.unlink()
     manifest["checksum"] = checksum(manifest)
     _write_json(temporary / MANIFEST, manifest)
-    fsync_directory(temporary)
+    fsync_path(temporary)
     if target.exists():  # an older attempt at the same step: this one replaces it whole
         _remove(target)
     temporary.rename(target)
-    fsync_directory(target.parent)
+    fsync_path(target.parent)
 
 
 def _remove(checkpoint: Path) -> None:
@@ -162,12 +161,4 @@ def _agree(problem: OSError | None, world: World, temporary: Path) -> None:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, sort_keys=True, allow_nan=False))
-    _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync_path(path)

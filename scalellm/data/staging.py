@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from scalellm.durable import fsync_path
 from scalellm.errors import DataError
 
 _LOCK = ".writer.lock"
@@ -56,7 +57,7 @@ class StagedDirectory:
         """
         with disk_errors(self.target):
             for folder, _, _ in os.walk(self.path):
-                _sync_directory(Path(folder))
+                fsync_path(Path(folder))
             check(self.target)
             aside = None
             if self.target.exists() and any(self.target.iterdir()):
@@ -66,7 +67,7 @@ class StagedDirectory:
             (self.path / _LOCK).unlink()
             os.rename(self.path, self.target)
             self._release()
-            _sync_directory(self.target.parent)
+            fsync_path(self.target.parent)
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -180,11 +181,3 @@ def _is_dead(path: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

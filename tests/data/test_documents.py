@@ -8,25 +8,11 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from helpers.reading import read, texts
 
 from scalellm.data import lines
-from scalellm.data.documents import Document, ReadOptions, Tally
-from scalellm.data.sources import open_sources
+from scalellm.data.documents import ReadOptions, Tally
 from scalellm.errors import DataError, UserError
-
-
-def read(
-    *names: str | Path,
-    options: ReadOptions | None = None,
-    tally: Tally | None = None,
-    limit_bytes: int | None = None,
-) -> list[Document]:
-    sources = open_sources(tuple(map(str, names)), options or ReadOptions(), limit_bytes)
-    return [one for source in sources for one in source.documents(tally or Tally())]
-
-
-def texts(*names: str | Path, **options: object) -> list[str]:
-    return [document.text for document in read(*names, **options)]  # type: ignore[arg-type]
 
 
 def json_lines(*records: object) -> bytes:
