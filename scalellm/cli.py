@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import os
 import runpy
 import sys
@@ -22,7 +23,6 @@ from scalellm.errors import (
     EXIT_STOPPED_BY_SIGNAL,
     EXIT_USER_ERROR,
     DivergedError,
-    RankError,
     UserError,
     did_you_mean,
 )
@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # which costs up to six times the speed when anything else runs on the machine (docs/log.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without the letters of a sample
     try:
         return _dispatch(arguments)
     except UserError as error:
@@ -44,22 +46,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DivergedError as error:
         _complain(error)
         return EXIT_FAILURE
+    except BrokenPipeError:
+        # The reader of our output left; Python's own flush at exit would complain about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _complain(UserError(f"the disk is full writing {error.filename or 'a file'}: free space"))
         return EXIT_USER_ERROR
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output left: nothing to tell it
-        return EXIT_FAILURE
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _is_out_of_memory(error):
+            raise
+        _complain(UserError(_OUT_OF_MEMORY))
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("scalellm: interrupted", file=sys.stderr)
         return EXIT_FAILURE
 
 
+_OUT_OF_MEMORY = (
+    "out of memory; lower train.micro_batch_size (accumulation makes up for it), model.seq_len or "
+    "the model's size, or set train.activation_checkpointing=full"
+)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return "can't allocate memory" in str(error) or "out of memory" in str(error)
+
+
 def _complain(error: Exception) -> None:
     """Says it once: all ranks meet the same mistake, rank 0 speaks for them."""
-    if not isinstance(error, RankError) and not _is_main_rank():
+    if not getattr(error, "rank_only", False) and not _is_main_rank():
         return
     print(f"scalellm: {error}", file=sys.stderr, flush=True)
 
@@ -123,6 +141,8 @@ def _train(argv: Sequence[str]) -> int:
     # The deepspeed launcher appends this; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(argv)
+    if options.resume == "":
+        raise UserError("--resume takes auto or the path of a checkpoint or run folder")
     words: list[str] = options.words
     if options.config is None:
         if not words or "=" in words[0]:
@@ -135,9 +155,11 @@ def _train(argv: Sequence[str]) -> int:
     config = load_config(options.config, words)
     launched = detect().launcher != "python"
     if options.nproc is not None and not launched:
-        from scalellm.clusters.local import launch
+        from scalellm.clusters.local import MAX_RANKS, launch
         from scalellm.train import check_config
 
+        if not 1 <= options.nproc <= MAX_RANKS:
+            raise UserError(f"--nproc={options.nproc} ranks is not between 1 and {MAX_RANKS}")
         world = World(world_size=options.nproc, launcher=f"--nproc {options.nproc}")
         check_config(config, world)  # before processes start that would all say the same
         resume = ["--resume", options.resume] if options.resume else []
@@ -196,6 +218,8 @@ def _generate(argv: Sequence[str]) -> int:
     parser.add_argument("--no-repeat-ngram", type=int, default=0, metavar="N")
     parser.add_argument("--seed", type=int, help="the same seed, the same text")
     options = parser.parse_intermixed_args(argv)
+    if any("\ud800" <= letter <= "\udfff" for letter in options.prompt):
+        raise UserError("the prompt is not valid UTF-8: check the encoding of your terminal")
     from scalellm.generate import Sampling
 
     sampling = Sampling(
@@ -222,6 +246,10 @@ def _eval(argv: Sequence[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=16, help="samples per forward")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     options = parser.parse_intermixed_args(argv)
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size={options.batch_size} samples must be 1 or more")
+    if options.json and not options.json.resolve().parent.is_dir():
+        raise UserError(f"--json={options.json}: there is no folder {options.json.parent}")
     from scalellm.inference import evaluate_run
 
     report = evaluate_run(options.run, options.data, options.split, options.batch_size)
@@ -256,6 +284,8 @@ def _prepare(argv: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset at --out")
     options = parser.parse_args(argv)
+    if options.limit_mb is not None and not 0 < options.limit_mb < 1e12:
+        raise UserError(f"--limit-mb={options.limit_mb} MB must be a number above 0")
     from scalellm.data.prepare import PrepareOptions, prepare
 
     report = prepare(

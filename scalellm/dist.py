@@ -7,16 +7,18 @@ heavy ones (gradients, parameters) belong to the strategies.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as tdist
 
-from scalellm.errors import ConfigError, RankError
+from scalellm.errors import ConfigError, UserError
+
+T = TypeVar("T")
 
 CPU = torch.device("cpu")
 TIMEOUT = timedelta(minutes=10)
@@ -73,6 +75,8 @@ def _read_int(name: str, default: int) -> int:
 def _launcher() -> str:
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         return "accelerate"
+    if "SCALELLM_LAUNCHER" in os.environ:
+        return os.environ["SCALELLM_LAUNCHER"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun"
     if "WORLD_SIZE" in os.environ:
@@ -118,10 +122,12 @@ def _pick_device(wanted: str, local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         raise ConfigError("run.device=cuda, but torch sees no CUDA device; use run.device=cpu")
     if local_rank >= torch.cuda.device_count():
-        raise RankError(
+        error = ConfigError(
             f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}; "
             "start at most so many ranks on it"
         )
+        error.rank_only = True
+        raise error
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -149,3 +155,27 @@ def sum_over_ranks(values: Sequence[float], device: torch.device | None = None) 
     total = torch.tensor(values, dtype=torch.float64, device=device)
     tdist.all_reduce(total)
     return [float(value) for value in total.tolist()]
+
+
+def together(action: Callable[[], T], world: World, *, main_only: bool = False) -> T | None:
+    """Runs `action` on all ranks, or on rank 0 alone, and fails on all ranks if it fails on one.
+
+    A rank that left alone would keep the others waiting in their next collective.
+
+    Raises:
+        UserError: what the action raised here, or that it failed elsewhere.
+    """
+    problem: UserError | None = None
+    result: T | None = None
+    if world.is_main or not main_only:
+        try:
+            result = action()
+        except UserError as error:
+            problem = error
+    [failures] = sum_over_ranks([float(problem is not None)], world.device)
+    if problem is not None:
+        problem.rank_only = failures < world.world_size
+        raise problem
+    if failures:
+        raise UserError(f"{failures:.0f} of {world.world_size} ranks failed; they say why")
+    return result

@@ -16,15 +16,17 @@ EXIT_STOPPED_BY_SIGNAL = 3
 
 
 class UserError(Exception):
-    """A mistake of the user: the message names the value, its unit, the limit and the fix."""
+    """A mistake of the user: the message names the value, its unit, the limit and the fix.
+
+    All ranks meet most mistakes alike, so rank 0 speaks for them. `rank_only` marks what only this
+    rank can see (its disk, its GPU): it says so itself.
+    """
+
+    rank_only = False
 
 
 class ConfigError(UserError):
     """A configuration that cannot be run: unknown key, wrong type, impossible arithmetic."""
-
-
-class RankError(ConfigError):
-    """A mistake that only some ranks can see: each of them says so, not rank 0 alone."""
 
 
 class DataError(UserError):

@@ -19,7 +19,7 @@ from scalellm.model import Decoder
 from scalellm.strategies import Options
 from scalellm.strategies.base import check_names
 from scalellm.strategies.single import Single
-from scalellm.train import load_run_config
+from scalellm.train import load_run_config, tokenizer_sha256
 
 
 def load_run(path: Path) -> tuple[Decoder, Tokenizer]:
@@ -29,11 +29,21 @@ def load_run(path: Path) -> tuple[Decoder, Tokenizer]:
         UserError: no such run, no complete checkpoint, or a damaged one.
     """
     source = checkpoint.open_checkpoint(path)
+    _check_own_tokenizer(source)
     return _load_model(source), load_tokenizer(_run_dir(source))
 
 
 def _run_dir(source: checkpoint.Checkpoint) -> Path:
     return source.path.resolve().parent.parent
+
+
+def _check_own_tokenizer(source: checkpoint.Checkpoint) -> None:
+    wanted = source.meta.get("tokenizer_sha256")
+    if wanted != tokenizer_sha256(_run_dir(source)):
+        raise CheckpointError(
+            f"the tokenizer file in {_run_dir(source)} is damaged or missing; copy it again from "
+            "the dataset the run was trained on"
+        )
 
 
 def _load_model(source: checkpoint.Checkpoint) -> Decoder:
@@ -83,7 +93,7 @@ class EvaluationReport:
             f"{figures['words']:,} words, {figures['bytes']:,} bytes\n"
             f"loss                 {figures['loss']:.4f} nats per token\n"
             f"perplexity           {figures['perplexity']:.2f} per token\n"
-            f"perplexity per word  {figures['perplexity_per_word']:.2f}\n"
+            f"perplexity per word  {figures['perplexity_per_word']:.6g}\n"
             f"bits per byte        {figures['bits_per_byte']:.4f}"
         )
 
@@ -105,9 +115,10 @@ def evaluate_run(
     everything = tuple(load_manifest(dataset_path).splits)
     splits = (split,) if split else (("validation",) if is_own else everything)
     datasets = [data.TokenDataset.open(dataset_path, name) for name in splits]
+    _check_own_tokenizer(source)
     _check_tokenizer(_run_dir(source), datasets[0])
     model = _load_model(source)
-    with ranks(config.run.device, config.run.threads, process_group=False) as world:
+    with ranks("auto", config.run.threads, process_group=False) as world:
         strategy = Single(world, TrainConfig(precision=config.train.precision), Options())
         strategy.setup(model, lambda parameters: torch.optim.SGD(p for _, p in parameters))
         results = [_evaluate_split(strategy, dataset, config, batch_size) for dataset in datasets]

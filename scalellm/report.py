@@ -24,7 +24,8 @@ def draw_loss(run_dir: Path) -> Path | None:
     figure, (loss_axes, rate_axes) = plt.subplots(
         2, 1, figsize=(9, 6), sharex=True, height_ratios=[4, 1], layout="constrained"
     )
-    _plot_loss(loss_axes, steps, [row for row in rows if row["kind"] == "eval"])
+    evals = [row for row in rows if row["kind"] == "eval" and row["loss"] is not None]
+    _plot_loss(loss_axes, steps, evals)
     _plot_learning_rate(rate_axes, steps)
     figure.suptitle(_title(run_dir, steps), fontsize=11)
     path = run_dir / "loss.png"

@@ -25,6 +25,7 @@ MAX_MANIFEST_BYTES = 256 << 20
 STEP_NAME = re.compile(r"step-(\d{8,})")
 FILE_NAME = re.compile(r"(model|optimizer)-\d{5}\.safetensors")
 WRITING_SUFFIX = ".writing"
+REPLACED_SUFFIX = ".replaced"
 # Which file a piece goes to, by the prefix of its name.
 FILE_OF_PREFIX = {"model": "model", "optim": "optimizer"}
 
@@ -81,12 +82,16 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
 def steps_in(root: Path) -> list[Path]:
     """Directories named like a checkpoint, newest step first."""
     if not root.is_dir():
         return []
     found = [path for path in root.iterdir() if STEP_NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def checksum(manifest: dict[str, Any]) -> str:

@@ -16,11 +16,13 @@ from scalellm.checkpoint.layout import (
     FILE_OF_PREFIX,
     FORMAT,
     MANIFEST,
+    REPLACED_SUFFIX,
     VERSION,
     WRITING_SUFFIX,
     checksum,
     sha256_of,
     step_name,
+    step_of,
     steps_in,
 )
 from scalellm.dist import World, barrier, sum_over_ranks
@@ -54,13 +56,27 @@ def save(
         problem = _attempt(lambda: _commit(temporary, target, step, meta, world.world_size))
     _agree(problem, world, temporary)
     if world.is_main:
-        for old in steps_in(root)[keep:]:
-            _remove(old)
+        _retain(root, step, keep)
     return target
+
+
+def _retain(root: Path, step: int, keep: int) -> None:
+    """Keeps the newest `keep` up to `step`; later ones are of a past this run has not taken."""
+    before: list[Path] = []
+    after: list[Path] = []
+    for path in steps_in(root):
+        (before if step_of(path) <= step else after).append(path)
+    for old in before[keep:] + after:
+        _remove(old)
 
 
 def clean_up(root: Path) -> None:
     """Removes what a killed writer left behind. Only one process may call it, before saving."""
+    for left in root.glob(f".step-*{REPLACED_SUFFIX}"):
+        target = root / left.name.removesuffix(REPLACED_SUFFIX).removeprefix(".")
+        if not target.exists():
+            left.rename(target)  # killed between the two renames of `_commit`
+        shutil.rmtree(left, ignore_errors=True)
     for left in root.glob(f".step-*{WRITING_SUFFIX}"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -115,10 +131,12 @@ def _commit(temporary: Path, target: Path, step: int, meta: dict[str, Any], rank
     manifest["checksum"] = checksum(manifest)
     _write_json(temporary / MANIFEST, manifest)
     fsync_path(temporary)
+    replaced = target.with_name(f".{target.name}{REPLACED_SUFFIX}")
     if target.exists():  # an older attempt at the same step: this one replaces it whole
-        _remove(target)
+        target.rename(replaced)
     temporary.rename(target)
     fsync_path(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _remove(checkpoint: Path) -> None:
@@ -149,14 +167,18 @@ def _agree(problem: OSError | None, world: World, temporary: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
     barrier()
     root = temporary.parent
-    reason = "another rank failed" if problem is None else (problem.strerror or str(problem))
+    reason = "another rank failed, which says why"
+    if problem is not None:
+        reason = problem.strerror or str(problem)
     if problem is not None and problem.errno in (errno.ENOSPC, errno.EDQUOT):
         free_bytes = shutil.disk_usage(root if root.exists() else root.parent).free
         reason = f"the disk is full ({free_bytes:,} bytes free)"
-    raise CheckpointError(
+    error = CheckpointError(
         f"could not save a checkpoint under {root}: {reason}; earlier checkpoints there are "
         "untouched: free space, lower checkpoint.keep or choose another run.dir, then --resume auto"
     )
+    error.rank_only = problem is not None
+    raise error
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

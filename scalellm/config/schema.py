@@ -29,17 +29,31 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_booleans_as_numbers(cls, given: Any) -> Any:
+        """YAML's `true` (and `yes`, `on`) would pass for 1."""
+        for name, value in given.items() if isinstance(given, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field and field.annotation is not bool:
+                raise ValueError(f"{name} takes no true or false, but a value: {field.description}")
+        return given
+
 
 class RunConfig(Section):
     dir: Path = setting(Path("runs/default"), "folder of this run: metrics, checkpoints, plots")
     seed: int = setting(0, "seed of initialisation, sample order and dropout", ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train; auto prefers cuda")
-    threads: int = setting(0, "CPU threads per rank; 0: cores / local ranks", unit="threads", ge=0)
+    threads: int = setting(
+        0, "CPU threads per rank; 0: cores / local ranks", unit="threads", ge=0, le=4096
+    )
 
 
 class DataConfig(Section):
     path: Path = setting(Path("data/stdlib"), "dataset folder written by `scalellm prepare`")
-    lanes: int = setting(64, "blocks of samples interleaved by the shuffle", unit="blocks", ge=1)
+    lanes: int = setting(
+        64, "blocks of samples interleaved by the shuffle", unit="blocks", ge=1, le=65536
+    )
     decode_threads: int = setting(1, "decode-ahead threads", unit="threads", ge=0, le=64)
     document_mask: bool = setting(False, "keep attention and positions inside each document")
 
@@ -59,7 +73,7 @@ class ModelConfig(Section):
         None, "MLP width; null: 4 x hidden for gelu, 8/3 x hidden for swiglu", unit="features", ge=1
     )
     vocab_size: int | None = setting(None, "null: the dataset's", unit="tokens", ge=2, le=2**31 - 1)
-    seq_len: int = setting(128, "context length of a sample", unit="tokens", ge=1)
+    seq_len: int = setting(128, "context length of a sample", unit="tokens", ge=1, le=2**24)
     norm: Literal["rmsnorm", "layernorm"] = setting("rmsnorm", "normalisation")
     norm_position: Literal["pre", "post"] = setting("pre", "before or after each sub-layer")
     norm_eps: float = setting(1e-5, "added to the variance", gt=0)
@@ -78,7 +92,7 @@ class ModelConfig(Section):
         if not isinstance(given, dict) or given.get("preset") is None:
             return given
         name = given["preset"]
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             near = did_you_mean(str(name), PRESETS)
             raise ValueError(f"{name!r} is no preset{near}; presets: {', '.join(PRESETS)}")
         return {**PRESETS[name], **given}
@@ -138,7 +152,11 @@ class ClusterConfig(Section):
 class TrainConfig(Section):
     steps: int = setting(500, "optimizer steps of the whole run", unit="steps", ge=1)
     global_batch_size: int = setting(
-        32, "samples of seq_len tokens per optimizer step, over all ranks", unit="samples", ge=1
+        32,
+        "samples of seq_len tokens per optimizer step, over all ranks",
+        unit="samples",
+        ge=1,
+        le=2**24,
     )
     micro_batch_size: int | None = setting(
         None, "samples per rank and forward; null: no accumulation", unit="samples", ge=1

@@ -27,8 +27,10 @@ class _Loader(yaml.SafeLoader):
 def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
+        key = loader.construct_object(key_node, deep=True)
         line = key_node.start_mark.line + 1
+        if isinstance(key, dict | list):
+            raise yaml.YAMLError(f"the key on line {line} is not a word")
         if key in seen:
             raise yaml.YAMLError(f"key {key!r} stands twice, on lines {seen[key]} and {line}")
         seen[key] = line

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from scalellm.config import Config
-from scalellm.errors import ConfigError
+from scalellm.errors import ConfigError, UserError
 
 JSONL_NAME = "metrics.jsonl"
 
@@ -22,6 +24,15 @@ class Writer(Protocol):
     def write(self, row: Row) -> None: ...
 
     def close(self) -> None: ...
+
+
+def check_writers(config: Config) -> None:
+    """Refuses before anything is written what `open_writers` could not open."""
+    if config.metrics.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            "metrics.wandb is set, but the package wandb is not installed: "
+            "pip install 'scalellm[wandb]', or remove metrics.wandb"
+        )
 
 
 def open_writers(config: Config, run_dir: Path, resumed_step: int) -> list[Writer]:
@@ -38,10 +49,16 @@ def read_rows(path: Path) -> Iterator[Row]:
     """Yields the rows of a `metrics.jsonl`; a last line cut short by a kill is passed over."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                row = json.loads(line)
+                row["kind"], row["step"]
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path} line {number} is damaged; delete that line") from None
+            yield row
 
 
 class JsonlWriter:
@@ -90,13 +107,8 @@ class TensorBoardWriter:
 
 class WandbWriter:
     def __init__(self, config: Config, run_dir: Path, resumed_step: int) -> None:
-        try:
-            import wandb
-        except ModuleNotFoundError:
-            raise ConfigError(
-                "metrics.wandb is set, but the package wandb is not installed: "
-                "pip install 'scalellm[wandb]', or remove metrics.wandb"
-            ) from None
+        import wandb
+
         settings = config.metrics.wandb
         assert settings is not None
         self._run: Any = wandb.init(
@@ -106,7 +118,9 @@ class WandbWriter:
             mode=settings.mode,
             dir=str(run_dir),
             config=config.model_dump(mode="json"),
-            resume="allow" if resumed_step else None,
+            # The same folder is the same W&B run, also after a restart.
+            id=hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=8).hexdigest(),
+            resume="allow",
         )
 
     def write(self, row: Row) -> None:

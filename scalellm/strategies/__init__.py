@@ -40,18 +40,19 @@ def names() -> list[str]:
 
 def resolve(name: str) -> type[Strategy]:
     """Returns the strategy class of a config word. Raises ConfigError listing the right words."""
-    if "." not in name and name not in names():
+    is_own = "." in name and all(part.isidentifier() for part in name.split("."))
+    if not is_own and name not in names():
         near = did_you_mean(name, names())
         raise ConfigError(
             f"strategy.name={name!r} is unknown{near}; strategies: {', '.join(names())}, "
             "or the dotted path of a module of your own"
         )
-    path = name if "." in name else f"{__name__}.{name}"
+    path = name if is_own else f"{__name__}.{name}"
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         missing = error.name or path
-        if path.startswith(missing):
+        if f"{path}.".startswith(f"{missing}."):
             raise ConfigError(f"strategy.name={name!r}: there is no module {missing!r}") from None
         raise ConfigError(
             f"strategy.name={name!r} needs the package {missing!r}: pip install {missing}"

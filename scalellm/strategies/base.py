@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from scalellm.batches import Batch
 from scalellm.config import Section, TrainConfig
 from scalellm.dist import World
-from scalellm.errors import CheckpointError, ConfigError
+from scalellm.errors import CheckpointError
 from scalellm.strategies._loss_scale import LossScale
 from scalellm.strategies._transforms import apply_transforms, canonical_fqn
 
@@ -90,11 +90,6 @@ class Strategy:
 
     def setup(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         """Moves, transforms and wraps the model and builds its optimizer, in this order."""
-        if self.train.precision == "fp16" and self.world.device.type == "cpu":
-            raise ConfigError(
-                "train.precision=fp16 is about 100 times slower than fp32 on a CPU, which has no "
-                "fp16 matrix products; use bf16 or fp32"
-            )
         dtype = torch.float64 if self.train.precision == "fp64" else None
         self.model = model.to(device=self.world.device, dtype=dtype)
         apply_transforms(self.model, self.train)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,15 +12,17 @@ import torch
 
 from scalellm import checkpoint, data, strategies
 from scalellm.config import BatchPlan, Config
-from scalellm.dist import World, ranks, sum_over_ranks
-from scalellm.errors import CheckpointError, ConfigError, UserError
+from scalellm.dist import World, ranks, together
+from scalellm.errors import ConfigError
 from scalellm.evaluate import Evaluation, evaluate
-from scalellm.metrics import Progress, open_writers
+from scalellm.metrics import Progress, check_writers, open_writers
 from scalellm.model import Decoder, count_parameters, cpu_multiplies_bf16
 from scalellm.train.folder import RunFolder
 from scalellm.train.guards import EarlyStopping, NonFiniteGuard, StopSignal
+from scalellm.train.limits import check_disk, check_resources
 from scalellm.train.loop import Run, train
 from scalellm.train.optimizer import make_adamw
+from scalellm.train.resume import find_checkpoint, load_run_state, save_run
 
 VALIDATION = "validation"
 
@@ -62,10 +63,12 @@ def run_training(config: Config, resume: str | None = None) -> Outcome:
             )
         )
         options, plan = check_config(config, world)
+        check_writers(config)
         dataset = data.TokenDataset.open(config.data.path, "train")
         config = _with_vocabulary(config, dataset)
+        check_resources(config, plan, world)
         folder = stack.enter_context(_claimed(config, world, resuming=resume is not None))
-        source = _find_checkpoint(folder, resume, world)
+        source = find_checkpoint(folder, resume, world)
         strategy = strategy_class(world, config.train, options)
         stack.callback(strategy.close)
         run = _build(config, world, strategy, plan, dataset, folder, source, stack)
@@ -100,7 +103,7 @@ def _build(
         stream=iter(()),
         micro_batch_size=plan.micro_batch_size,
         evaluate=_evaluator(config, world, strategy, plan, dataset),
-        save=functools.partial(_save, folder),
+        save=functools.partial(save_run, folder),
         writers=[],
         early_stopping=EarlyStopping(
             config.eval.early_stop_patience, config.eval.early_stop_min_delta
@@ -108,7 +111,7 @@ def _build(
         guard=NonFiniteGuard(config.train.max_nonfinite_steps),
     )
     if source is not None:
-        _load(run, source)
+        load_run_state(run, source, dataset, folder)
     stream = data.TokenStream(
         dataset,
         seq_len=config.model.seq_len,
@@ -123,13 +126,19 @@ def _build(
     )
     stack.callback(stream.close)
     run.stream = iter(stream)
-    if world.is_main:
-        folder.describe(config, world, dataset.tokenizer_path)
-        run.writers = open_writers(config, folder.path, -1 if source is None else run.step)
-        run.writers.append(Progress(run.step, config.train.steps, shown=True))
-        for writer in run.writers:
-            stack.callback(writer.close)
+    together(lambda: _open_folder(run, folder, dataset, source), world, main_only=True)
+    for writer in run.writers:
+        stack.callback(writer.close)
     return run
+
+
+def _open_folder(
+    run: Run, folder: RunFolder, dataset: data.TokenDataset, source: checkpoint.Checkpoint | None
+) -> None:
+    folder.describe(run.config, run.world, dataset.tokenizer_path)
+    # Without a checkpoint the run begins anew, also if rows of an earlier start are there.
+    run.writers = open_writers(run.config, folder.path, -1 if source is None else run.step)
+    run.writers.append(Progress(run.step, run.config.train.steps, shown=True))
 
 
 def _with_vocabulary(config: Config, dataset: data.TokenDataset) -> Config:
@@ -150,53 +159,16 @@ def _with_vocabulary(config: Config, dataset: data.TokenDataset) -> Config:
 def _claimed(config: Config, world: World, *, resuming: bool) -> Iterator[RunFolder]:
     """Rank 0 holds the folder; if it may not, every rank hears of it and leaves."""
     folder = RunFolder(config.run.dir)
-    problem: UserError | None = None
-    if world.is_main:
-        try:
-            folder.claim(resuming=resuming)
-            _check_disk(config, folder.path)
-        except UserError as error:
-            problem = error
+
+    def claim() -> None:
+        folder.claim(resuming=resuming)
+        check_disk(config, folder.path)
+
     try:
-        [failures] = sum_over_ranks([float(problem is not None)], world.device)
-        if failures:
-            raise problem or ConfigError("rank 0 could not use the run folder")
+        together(claim, world, main_only=True)
         yield folder
     finally:
         folder.release()
-
-
-def _check_disk(config: Config, path: Path) -> None:
-    """Refuses before the first step if not even one checkpoint would fit."""
-    element_bytes = 8 if config.train.precision == "fp64" else 4
-    needed_bytes = 3 * element_bytes * count_parameters(config.model)
-    free_bytes = shutil.disk_usage(path).free
-    if free_bytes < needed_bytes:
-        raise ConfigError(
-            f"run.dir={path} has {free_bytes:,} bytes free, one checkpoint of this model needs "
-            f"{needed_bytes:,}; free space or choose another run.dir"
-        )
-
-
-def _find_checkpoint(
-    folder: RunFolder, resume: str | None, world: World
-) -> checkpoint.Checkpoint | None:
-    if resume is None:
-        return None
-    if resume != "auto":
-        return checkpoint.open_checkpoint(Path(resume))
-    if world.is_main:
-        checkpoint.clean_up(folder.checkpoints)
-    found, skipped = checkpoint.latest(folder.checkpoints)
-    if world.is_main:
-        for reason in skipped:
-            print(f"passed over: {reason}")
-    if found is None and skipped:
-        raise CheckpointError(
-            f"none of the {len(skipped)} checkpoints in {folder.checkpoints} can be read; "
-            "start anew in another run.dir"
-        )
-    return found
 
 
 def _evaluator(
@@ -226,37 +198,6 @@ def _evaluator(
         limit_samples=config.eval.max_samples,
     )
     return lambda: evaluate(strategy, batches())
-
-
-def _save(folder: RunFolder, run: Run) -> None:
-    assert run.cursor is not None
-    meta = {
-        "tokens": run.tokens,
-        "cursor": run.cursor.to_dict(),
-        "model": run.config.model.model_dump(mode="json"),
-        "early_stopping": run.early_stopping.state(),
-        "nonfinite_in_a_row": run.guard.in_a_row,
-        "loss_scale": run.strategy.loss_scale.state(),
-    }
-    keep = run.config.checkpoint.keep
-    checkpoint.save(folder.checkpoints, run.step, run.strategy.state(), meta, run.world, keep)
-
-
-def _load(run: Run, source: checkpoint.Checkpoint) -> None:
-    """Takes weights, optimizer, cursor and counters from a checkpoint."""
-    if source.step > run.config.train.steps:
-        raise ConfigError(
-            f"{source.path} is of step {source.step}, beyond train.steps="
-            f"{run.config.train.steps}; raise train.steps to train on"
-        )
-    run.strategy.load_state(source)
-    meta = source.meta
-    run.step = run.saved_step = source.step
-    run.tokens = meta["tokens"]
-    run.cursor = data.Cursor.from_dict(meta["cursor"])
-    run.early_stopping.load(meta["early_stopping"])
-    run.guard.in_a_row = meta["nonfinite_in_a_row"]
-    run.strategy.loss_scale.load(meta["loss_scale"])
 
 
 def _announce(

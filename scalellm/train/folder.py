@@ -9,6 +9,7 @@ loss.png          the loss curve                    sample.txt      what it writ
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -28,6 +29,7 @@ from scalellm.metrics import JSONL_NAME
 
 CONFIG_NAME = "config.yaml"
 CHECKPOINTS_NAME = "checkpoints"
+LOCK_NAME = ".lock"
 _PACKAGES = ("scalellm", "torch", "numpy", "safetensors", "zstandard", "sentencepiece")
 
 
@@ -48,7 +50,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
+            self._lock = (self.path / LOCK_NAME).open("w")
         except OSError as error:
             raise ConfigError(
                 f"run.dir={self.path} cannot be written: {error.strerror}; choose another"
@@ -68,15 +70,28 @@ class RunFolder:
 
     def describe(self, config: Config, world: World, tokenizer: Path | None) -> None:
         """Writes what is needed to understand and reuse the run without anything else."""
-        _write(self.path / CONFIG_NAME, dump_config(config))
+        # Absolute, so that `scalellm eval` finds the data from any working directory.
+        source = config.data.model_copy(update={"path": config.data.path.resolve()})
+        _write(self.path / CONFIG_NAME, dump_config(config.model_copy(update={"data": source})))
         _write(self.path / "environment.json", json.dumps(_environment(world), indent=1) + "\n")
         if tokenizer is not None:
             shutil.copyfile(tokenizer, self.path / tokenizer.name)
 
     def release(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        """Lets go of the folder; one that holds nothing but the lock is removed again."""
+        if self._lock is None:
+            return
+        if [path.name for path in self.path.iterdir()] == [LOCK_NAME]:
+            (self.path / LOCK_NAME).unlink()
+            self.path.rmdir()
+        self._lock.close()
+        self._lock = None
+
+
+def tokenizer_sha256(run_dir: Path) -> str | None:
+    """Hash of the run's own tokenizer file, or None if the ids came without one."""
+    file = next(run_dir.glob("tokenizer.*"), None)
+    return None if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def dump_config(config: Config) -> str:

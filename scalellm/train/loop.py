@@ -60,7 +60,7 @@ def train(run: Run, stop: StopSignal) -> str:
             _write(run, row)
         if _is_due(run.step, run.config.eval.every_steps) and run.step < config.steps:
             _evaluate(run)
-        if stop_asked:
+        if stop_asked and run.step < config.steps:
             ended = stop.received.name if stop.received else "a signal on another rank"
             break
         if _is_due(run.step, run.config.checkpoint.every_steps) and run.step < config.steps:

@@ -67,9 +67,23 @@ def test_pieces_of_two_ranks_make_one_tensor(tmp_path: Path, ranks) -> None:  # 
 
 
 def test_retention_keeps_the_newest(tmp_path: Path) -> None:
-    for step in (1, 2, 10, 3):
+    for step in (1, 2, 3, 10):
         save(tmp_path, step, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000010"]
+
+
+def test_retention_drops_a_future_that_was_not_taken(tmp_path: Path) -> None:
+    """Resumed from step 2 of a run that had got to 10: the new step 3 is the newest now."""
+    for step in (1, 2, 10, 3):
+        save(tmp_path, step, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    path.rename(tmp_path / ".step-00000001.replaced")
+    checkpoint.clean_up(tmp_path)
+    assert checkpoint.open_checkpoint(path).step == 1
 
 
 def test_saving_the_same_step_again_replaces_it_whole(tmp_path: Path) -> None:

@@ -10,7 +10,14 @@ import pytest
 
 from scalellm.config import parse_config
 from scalellm.errors import ConfigError
-from scalellm.metrics import JSONL_NAME, Progress, open_writers, peak_rss_bytes, read_rows
+from scalellm.metrics import (
+    JSONL_NAME,
+    Progress,
+    check_writers,
+    open_writers,
+    peak_rss_bytes,
+    read_rows,
+)
 from scalellm.metrics.writers import JsonlWriter
 
 ROW = {"kind": "train", "step": 1, "loss": 2.0, "tokens_per_s": 1234.0, "step_time_s": 0.5}
@@ -85,9 +92,9 @@ def test_wandb_gets_rows_and_its_absence_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = parse_config({"metrics": {"tensorboard": False, "wandb": {"project": "p"}}})
-    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'scalellm\[wandb\]'"):
-        open_writers(config, tmp_path, -1)
+        check_writers(config)
 
     logged: list[Any] = []
 

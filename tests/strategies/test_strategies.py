@@ -119,11 +119,6 @@ def test_bf16_autocast_keeps_fp32_weights_and_learns() -> None:
     assert {p.dtype for _, p in strategy.named_parameters()} == {torch.float32}
 
 
-def test_fp16_on_a_cpu_is_refused_with_the_reason() -> None:
-    with pytest.raises(ConfigError, match=r"fp16 is about 100 times slower .* use bf16 or fp32"):
-        built(precision="fp16")
-
-
 def test_clipping_scales_to_the_limit() -> None:
     strategy = built(grad_clip=0.1, precision="fp64")
     strategy.backward(strategy.forward(BATCH), 64)

@@ -19,8 +19,9 @@ import yaml
 from scalellm.checkpoint.layout import MANIFEST
 from scalellm.config import Config, parse_config
 from scalellm.dist import detect
-from scalellm.errors import CheckpointError, ConfigError, DataError, DivergedError
+from scalellm.errors import CheckpointError, ConfigError, DataError, DivergedError, UserError
 from scalellm.metrics import read_rows
+from scalellm.report import draw_loss
 from scalellm.train import Outcome, run_training
 
 Values = dict[str, Any]
@@ -135,6 +136,114 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_values: Values, tmp_path:
     tiny_values["model"] |= {"num_layers": 2, "hidden_size": 64}
     with pytest.raises(CheckpointError, match="another architecture"):
         _train(tiny_values, resume=first)
+
+
+def test_going_back_in_the_same_folder_leaves_one_timeline(tiny_values: Values) -> None:
+    tiny_values["checkpoint"] = {"every_steps": 2, "keep": 5}
+    _train(tiny_values)
+    run_dir = Path(tiny_values["run"]["dir"])
+    tiny_values["train"] |= {"steps": 5}
+    _train(tiny_values, resume=str(run_dir / "checkpoints" / "step-00000002"))
+    names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert names == ["step-00000002", "step-00000004", "step-00000005"]
+    steps = [row["step"] for row in rows(parse_config(tiny_values))]
+    assert steps == [1, 2, 3, 4, 5]
+
+
+def test_a_damaged_newer_checkpoint_never_outlives_a_new_one(tiny_values: Values) -> None:
+    tiny_values["checkpoint"] = {"every_steps": 2, "keep": 3}
+    _train(tiny_values)
+    folder = Path(tiny_values["run"]["dir"]) / "checkpoints"
+    (folder / "step-00000006" / MANIFEST).write_text("{}")
+    tiny_values["train"] |= {"steps": 5}
+    tiny_values["checkpoint"] = {"keep": 1}
+    _train(tiny_values, resume="auto")
+    assert [path.name for path in folder.iterdir()] == ["step-00000005"]
+
+
+def test_a_finished_run_resumed_elsewhere_is_saved_there(
+    tiny_values: Values, tmp_path: Path
+) -> None:
+    _train(tiny_values)
+    first = Path(tiny_values["run"]["dir"])
+    tiny_values["run"] |= {"dir": str(tmp_path / "second")}
+    assert _train(tiny_values, resume=str(first)).step == 6
+    assert weights(tmp_path / "second", 6) == weights(first, 6)
+
+
+def test_another_dataset_cannot_be_resumed(tiny_values: Values, tmp_path: Path) -> None:
+    from scalellm.cli import main
+
+    _train(tiny_values)
+    source, other = str(Path(__file__)), str(tmp_path / "other")
+    assert main(["prepare", "--source", source, "--out", other, "--tokenizer", "char"]) == 0
+    tiny_values["data"] |= {"path": other}
+    with pytest.raises(DataError, match="was trained on another dataset than"):
+        _train(tiny_values, resume="auto")
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "words"),
+    [
+        ("model", {"hidden_size": 65536, "num_heads": 64, "num_layers": 99}, "need at least"),
+        ("model", {"seq_len": 2**24}, "need at least"),
+        ("train", {"global_batch_size": 2**24}, "need at least"),
+        ("train", {"precision": "fp16"}, "fp16 is about 100 times slower .* use bf16 or fp32"),
+    ],
+)
+def test_what_cannot_fit_is_refused_before_anything_is_made(
+    tiny_values: Values, section: str, change: Values, words: str
+) -> None:
+    tiny_values[section] |= change
+    with pytest.raises(ConfigError, match=words):
+        _train(tiny_values)
+    assert not Path(tiny_values["run"]["dir"]).exists()
+
+
+def test_a_mistake_after_the_claim_leaves_no_folder(tiny_values: Values) -> None:
+    with pytest.raises(CheckpointError, match="there is no checkpoint or run folder at nowhere"):
+        _train(tiny_values, resume="nowhere")
+    assert not Path(tiny_values["run"]["dir"]).exists()
+
+
+def test_a_damaged_row_is_named(tiny_values: Values) -> None:
+    tiny_values["checkpoint"] = {"every_steps": 2}
+    _train(tiny_values)
+    path = Path(tiny_values["run"]["dir"]) / "metrics.jsonl"
+    path.write_text("x" + path.read_text())
+    tiny_values["train"] |= {"steps": 8}
+    with pytest.raises(UserError, match=r"metrics.jsonl line 1 is damaged; delete that line"):
+        _train(tiny_values, resume="auto")
+
+
+def test_a_diverged_run_still_draws_its_curve(tiny_values: Values) -> None:
+    tiny_values["train"] |= {"learning_rate": 1e38, "grad_clip": 0, "warmup_steps": 0}
+    tiny_values["eval"] = {"every_steps": 1, "max_samples": 2}
+    _train(tiny_values)
+    losses = [row["loss"] for row in rows(parse_config(tiny_values), "eval")]
+    assert None in losses
+    assert draw_loss(Path(tiny_values["run"]["dir"])) is not None
+
+
+def _rank_one_fails(values: Values) -> str:
+    """What the ranks say when only rank 1's checkpoint is damaged, as on storage not shared."""
+    if detect().rank == 1:
+        values["run"] |= {"dir": values["run"]["dir"] + "-elsewhere"}
+    try:
+        run_training(parse_config(values), values["run"]["dir"])
+    except UserError as error:
+        return str(error)
+    return "trained"
+
+
+def test_ranks_agree_on_failure(
+    tiny_values: Values, tmp_path: Path, ranks: Callable[..., list[Any]]
+) -> None:
+    tiny_values["strategy"] = {"name": "ddp"}
+    _train(tiny_values)
+    first, second = ranks(_rank_one_fails, 2, tiny_values)
+    assert first == "1 of 2 ranks failed; they say why"
+    assert "there is no checkpoint or run folder" in second
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tiny_values: Values) -> None:

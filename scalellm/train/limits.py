@@ -1,0 +1,73 @@
+"""What a run needs at the least, compared with what there is before anything is allocated."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from scalellm.config import BatchPlan, Config
+from scalellm.dist import World
+from scalellm.errors import ConfigError
+from scalellm.model import count_parameters
+
+# Parameter, gradient and AdamW's two moments.
+_TENSORS_PER_PARAMETER = 4
+
+
+def check_resources(config: Config, plan: BatchPlan, world: World) -> None:
+    """Refuses a precision the device lacks, and a model or batch that cannot fit in its memory.
+
+    The need is a lower bound: parameters, gradients and moments of all ranks on this host, and the
+    logits of one micro-batch with their gradient. What passes may still be too much.
+    """
+    if config.train.precision == "fp16" and world.device.type == "cpu":
+        raise ConfigError(
+            "train.precision=fp16 is about 100 times slower than fp32 on a CPU, which has no fp16 "
+            "matrix products; use bf16 or fp32"
+        )
+    element_bytes = 8 if config.train.precision == "fp64" else 4
+    rows = max(plan.micro_batch_size, config.eval.batch_size or 0)
+    positions = rows * config.model.seq_len
+    state_bytes = _TENSORS_PER_PARAMETER * element_bytes * count_parameters(config.model)
+    batch_bytes = 2 * positions * (config.model.vocab_size or 0) * element_bytes
+    ids_bytes = 2 * plan.micro_batch_size * plan.grad_accumulation * (config.model.seq_len + 1)
+    ranks_here = world.local_world_size if world.device.type == "cpu" else 1
+    needed_bytes = ranks_here * (state_bytes + batch_bytes + ids_bytes)
+    available_bytes = _available_bytes(world.device)
+    if needed_bytes > available_bytes:
+        raise ConfigError(
+            f"{ranks_here} rank(s) here need at least {_gib(needed_bytes)} "
+            f"({_gib(state_bytes)} a rank for the model and its optimizer, {_gib(batch_bytes)} for "
+            f"the logits of {rows} samples), but {_gib(available_bytes)} are available; lower the "
+            "model's size, train.micro_batch_size or model.seq_len"
+        )
+
+
+def check_disk(config: Config, path: Path) -> None:
+    """Refuses before the first step if not even one checkpoint would fit."""
+    element_bytes = 8 if config.train.precision == "fp64" else 4
+    needed_bytes = 3 * element_bytes * count_parameters(config.model)
+    free_bytes = shutil.disk_usage(path).free
+    if free_bytes < needed_bytes:
+        raise ConfigError(
+            f"run.dir={path} has {free_bytes:,} bytes free, one checkpoint of this model needs "
+            f"{needed_bytes:,}; free space or choose another run.dir"
+        )
+
+
+def _available_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        [line] = [line for line in lines if line.startswith("MemAvailable:")]
+        return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.2f} GiB"
