@@ -205,7 +205,8 @@ def _walk(root: Path, tally: Tally, skipped: tuple[str, ...] = ()) -> Iterator[P
 
     for folder, folders, files in os.walk(root, onerror=refuse):
         hidden = [name for name in folders if name.startswith(".")]
-        tally.dropped["hidden folders"] += len(hidden)
+        if hidden:
+            tally.dropped["hidden folders"] += len(hidden)
         # In place: `os.walk` goes on into what is left here.
         folders[:] = sorted(set(folders) - set(hidden) - set(skipped))
         for name in sorted(files):
