@@ -41,7 +41,7 @@ def open_writers(config: Config, run_dir: Path, resumed_step: int) -> list[Write
     if config.metrics.tensorboard:
         writers.append(TensorBoardWriter(run_dir / "tensorboard", resumed_step))
     if config.metrics.wandb is not None:
-        writers.append(WandbWriter(config, run_dir, resumed_step))
+        writers.append(WandbWriter(config, run_dir))
     return writers
 
 
@@ -106,7 +106,7 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    def __init__(self, config: Config, run_dir: Path, resumed_step: int) -> None:
+    def __init__(self, config: Config, run_dir: Path) -> None:
         import wandb
 
         settings = config.metrics.wandb

@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,9 @@ def _save_halves(root: Path) -> None:
     checkpoint.save(root, 1, mine, META, world, keep=2)
 
 
-def test_pieces_of_two_ranks_make_one_tensor(tmp_path: Path, ranks) -> None:  # type: ignore[no-untyped-def]
+def test_pieces_of_two_ranks_make_one_tensor(
+    tmp_path: Path, ranks: Callable[..., list[Any]]
+) -> None:
     ranks(_save_halves, 2, tmp_path)
     found = checkpoint.open_checkpoint(tmp_path / "step-00000001")
     assert torch.equal(found.read("model.a.weight", (0, 0), (6, 4)), next(pieces()).tensor)
