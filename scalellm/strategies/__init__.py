@@ -12,15 +12,17 @@ from types import ModuleType
 
 from pydantic import ValidationError
 
-from scalellm.config import StrategyConfig
+from scalellm.config import StrategyConfig, TrainConfig
 from scalellm.config.explain import explain
 from scalellm.dist import World
 from scalellm.errors import ConfigError, did_you_mean
-from scalellm.strategies.base import Options, Piece, StateSource, StepResult, Strategy
+from scalellm.strategies._state import Piece, StateSource
+from scalellm.strategies.base import Options, Sharding, StepResult, Strategy
 
 __all__ = [
     "Options",
     "Piece",
+    "Sharding",
     "StateSource",
     "StepResult",
     "Strategy",
@@ -76,12 +78,14 @@ def _class_in(module: ModuleType, name: str) -> type[Strategy]:
     return own[0]
 
 
-def parse_options(config: StrategyConfig, strategy: type[Strategy], world: World) -> Options:
-    """Validates the options beside `strategy.name` and the world they meet."""
+def parse_options(
+    config: StrategyConfig, strategy: type[Strategy], world: World, train: TrainConfig
+) -> Options:
+    """Validates the options beside `strategy.name`, the world and the training they meet."""
     try:
         options = strategy.options_class.model_validate(config.options)
     except ValidationError as error:
         source = f"strategy {config.name!r}"
         raise ConfigError(explain(error, strategy.options_class, source, "strategy.")) from None
-    strategy.check(options, world)
+    strategy.check(options, world, train)
     return options

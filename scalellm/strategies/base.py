@@ -12,23 +12,22 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from scalellm.batches import Batch
-from scalellm.config import Section, TrainConfig
+from scalellm.config import BatchPlan, Section, TrainConfig
 from scalellm.dist import World
-from scalellm.errors import CheckpointError
 from scalellm.strategies._loss_scale import LossScale
+from scalellm.strategies._state import MOMENTS, Piece, StateSource, check_names
 from scalellm.strategies._transforms import apply_transforms, canonical_fqn
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 MakeOptimizer = Callable[[NamedParameters], torch.optim.Optimizer]
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Options(Section):
@@ -44,23 +43,12 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A rectangle of one named global tensor, as this rank holds it."""
+class Sharding:
+    """Among how many ranks each kind of memory is divided; 1: every rank holds all of it."""
 
-    name: str
-    tensor: Tensor
-    global_shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-
-
-class StateSource(Protocol):
-    """Where `load_state` reads from: a verified checkpoint, whatever ranks wrote it."""
-
-    def names(self) -> set[str]: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def read(self, name: str, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Tensor: ...
+    parameters: int = 1
+    gradients: int = 1
+    optimizer: int = 1
 
 
 class Strategy:
@@ -82,19 +70,56 @@ class Strategy:
         self.gradient_scale = 1.0
 
     @classmethod
-    def check(cls, options: Options, world: World) -> None:
-        """Refuses options that cannot work in this world, before anything is allocated."""
+    def check(cls, options: Options, world: World, train: TrainConfig) -> None:
+        """Refuses options that cannot work in this world, before anything is allocated.
+
+        `world` may be one that is about to be started; its device is not known then.
+        """
+        del options, world, train
+
+    @classmethod
+    def sharding(cls, options: Options, world: World) -> Sharding:
+        """Over how many ranks parameters, gradients and optimizer state are divided."""
         del options, world
+        return Sharding()
+
+    @classmethod
+    def backend_config(
+        cls, options: Options, train: TrainConfig, plan: BatchPlan, world: World
+    ) -> dict[str, Any] | None:
+        """The configuration handed to a backend that has a format of its own; else None."""
+        del options, train, plan, world
+        return None
 
     # -- building ---------------------------------------------------------------------------
 
     def setup(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
-        """Moves, transforms and wraps the model and builds its optimizer, in this order."""
+        """Places, transforms and wraps the model and builds its optimizer, in this order.
+
+        A model on the meta device gets memory and its `initial_weights` here, as much of them as
+        this rank holds: the same values whatever the strategy.
+        """
         dtype = torch.float64 if self.train.precision == "fp64" else None
-        self.model = model.to(device=self.world.device, dtype=dtype)
+        self.model = self.place(model.to(dtype=dtype))
         apply_transforms(self.model, self.train)
         self.module = self.wrap(self.model)
         self.optimizer = make_optimizer(self.named_parameters())
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Returns the model with memory on this rank's device."""
+        if not is_meta(model):
+            return model.to(self.world.device)
+        model = model.to_empty(device=self.world.device)
+        self.fill(model)
+        return model
+
+    @torch.no_grad()
+    def fill(self, model: nn.Module) -> None:
+        """Gives every parameter its initial value, one whole value at a time."""
+        parameters = dict(model.named_parameters())
+        for name, value in cast(Any, model).initial_weights():
+            local, offsets = self.part_of(parameters[name])
+            local.copy_(value[_slices(offsets, local)])
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Returns the module whose forward the loop calls."""
@@ -135,6 +160,7 @@ class Strategy:
 
     def step(self, learning_rate: float) -> StepResult:
         """Clips by the global norm, updates unless a gradient is not finite, zeroes gradients."""
+        self._fill_missing_gradients()
         grad_norm = self.grad_norm() / self.loss_scale.value
         skipped = not math.isfinite(grad_norm)
         if not skipped:
@@ -159,7 +185,19 @@ class Strategy:
         return float(torch.stack(norms).norm())
 
     def _gradients(self) -> list[Tensor]:
-        return [p.grad for _, p in self.named_parameters() if p.grad is not None]
+        """Gradients as far as this rank holds them."""
+        gradients = [p.grad for _, p in self.named_parameters() if p.grad is not None]
+        return [self.part_of(gradient)[0] for gradient in gradients]
+
+    def _fill_missing_gradients(self) -> None:
+        """A parameter that had no part in the loss has a gradient of zero, in every strategy.
+
+        Backends disagree (torch's optimizers skip a missing gradient, ZeRO's flat buffers hold
+        zeros), and a rank may have left out what another one used.
+        """
+        for _, parameter in self.named_parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def _clip_factor(self, grad_norm: float) -> float:
         limit = self.train.grad_clip
@@ -173,27 +211,51 @@ class Strategy:
     def full_gradients(self) -> dict[str, Tensor]:
         """Raw gradients between `backward` and `step`, whole, by FQN; for parity and debugging.
 
-        fp32 (fp64 in fp64 runs), on the CPU; parameters without a gradient are left out.
+        fp32 (fp64 in fp64 runs), on the CPU; zeros for parameters that had no part in the loss,
+        nothing for frozen ones. All ranks call it and get the same.
         """
+        self._fill_missing_gradients()
         return {
-            name: (p.grad.detach() / self.loss_scale.value).cpu()
+            name: self.whole(cast(Tensor, p.grad).detach() / self.loss_scale.value).cpu()
             for name, p in self.named_parameters()
-            if p.grad is not None
+            if p.requires_grad
         }
 
     # -- state ------------------------------------------------------------------------------
 
+    def part_of(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """What this rank holds of a parameter, gradient or moment, and where that begins."""
+        return tensor, (0,) * tensor.dim()
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """The opposite of `part_of`: gathers a tensor of which every rank holds a part."""
+        return tensor
+
+    def writes(self, index: int) -> bool:
+        """Whether this rank saves its part of parameter `index`; replicas share the work."""
+        return index % self.world.world_size == self.world.rank
+
     def state(self) -> Iterator[Piece]:
         """Yields what this rank writes: `model.<fqn>` and `optim.<fqn>.{exp_avg,exp_avg_sq,step}`.
 
-        Every element of every tensor is yielded by exactly one rank; here all of it by rank 0.
+        Every element of every tensor is yielded by exactly one rank.
         """
-        if not self.world.is_main:
-            return
-        for name, parameter in self.named_parameters():
-            yield _whole(f"model.{name}", parameter.detach())
+        for index, (name, parameter) in enumerate(self.named_parameters()):
+            if not self.writes(index):
+                continue
+            local, offsets = self.part_of(parameter.detach())
+            shape = tuple(parameter.shape)
+            if local.numel():
+                yield Piece(f"model.{name}", local, shape, offsets)
             for key, value in sorted(self.optimizer.state.get(parameter, {}).items()):
-                yield _whole(f"optim.{name}.{key}", torch.as_tensor(value).detach())
+                value = torch.as_tensor(value).detach()
+                if value.dim():
+                    value = self.part_of(value)[0]
+                    where, whole = offsets, shape
+                else:  # the step: one number, from the rank that has the first element
+                    where, whole = (), ()
+                if value.numel() and (value.dim() or not any(offsets)) and local.numel():
+                    yield Piece(f"optim.{name}.{key}", value, whole, where)
 
     def load_state(self, source: StateSource) -> None:
         """Reads this rank's part of a checkpoint, in place.
@@ -205,73 +267,45 @@ class Strategy:
         check_names({name: tuple(p.shape) for name, p in parameters.items()}, source)
         with torch.no_grad():
             for name, parameter in parameters.items():
-                shape = tuple(parameter.shape)
-                start = (0,) * len(shape)
-                parameter.copy_(source.read(f"model.{name}", start, shape))
+                self._read_into(parameter, source, f"model.{name}")
                 if f"optim.{name}.step" not in source.names():
                     self.optimizer.state.pop(parameter, None)
                     continue
-                state: dict[str, Tensor] = {
-                    key: source.read(f"optim.{name}.{key}", start, shape).to(parameter)
-                    for key in _MOMENTS
-                }
+                state = {key: torch.zeros_like(parameter) for key in MOMENTS}
+                for key, value in state.items():
+                    self._read_into(value, source, f"optim.{name}.{key}")
                 step = source.read(f"optim.{name}.step", (), ())
                 # The fused kernel wants its counter on the device, the others on the CPU.
                 fused = self.optimizer.param_groups[0].get("fused")
                 state["step"] = step.to(parameter.device) if fused else step
                 self.optimizer.state[parameter] = state
 
+    def _read_into(self, tensor: Tensor, source: StateSource, name: str) -> None:
+        local, offsets = self.part_of(tensor.detach())
+        if local.numel():
+            local.copy_(source.read(name, offsets, tuple(local.shape)))
+
     def memory(self) -> dict[str, int]:
         """Bytes this rank holds between steps: parameters and optimizer; gradients in the step."""
         parameters = [p for _, p in self.named_parameters()]
-        optimizer = [
-            value
-            for state in self.optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, Tensor)
-        ]
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
         return {
-            "parameters_bytes": _bytes(parameters),
-            "gradients_bytes": _bytes(p for p in parameters if p.requires_grad),
-            "optimizer_bytes": _bytes(optimizer),
+            "parameters_bytes": self._held_bytes(parameters),
+            "gradients_bytes": self._held_bytes(p for p in parameters if p.requires_grad),
+            "optimizer_bytes": self._held_bytes(v for v in states if isinstance(v, Tensor)),
         }
+
+    def _held_bytes(self, tensors: Iterable[Tensor]) -> int:
+        return sum(self.part_of(tensor.detach())[0].nbytes for tensor in tensors)
 
     def close(self) -> None:
         """Releases engines and groups of its own; also called after an exception."""
 
 
-def _whole(name: str, tensor: Tensor) -> Piece:
-    return Piece(name, tensor, tuple(tensor.shape), (0,) * tensor.dim())
+def is_meta(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def check_names(shapes: dict[str, tuple[int, ...]], source: StateSource) -> None:
-    """Refuses a checkpoint of another model. `shapes` are the global shapes by FQN."""
-    stored = source.names()
-    parameters = {name.removeprefix("model.") for name in stored if name.startswith("model.")}
-    moments = {f"optim.{name}.{key}" for name in shapes for key in (*_MOMENTS, "step")}
-    unknown = {name for name in stored if name.startswith("optim.")} - moments
-    for problem, odd in (
-        ("lacks", sorted(set(shapes) - parameters)),
-        ("has, but this model lacks,", sorted(parameters - set(shapes))),
-        ("has, but this optimizer lacks,", sorted(unknown)),
-    ):
-        if odd:
-            raise CheckpointError(
-                f"the checkpoint {problem} {odd[0]} (and {len(odd) - 1} more): it is of another "
-                "architecture; use the config in its run folder"
-            )
-    for name, shape in shapes.items():
-        wanted = {f"model.{name}": shape}
-        if f"optim.{name}.step" in stored:
-            wanted |= {f"optim.{name}.{key}": shape for key in _MOMENTS}
-        for full_name, expected in wanted.items():
-            if full_name not in stored or source.shape(full_name) != expected:
-                found = source.shape(full_name) if full_name in stored else "nothing"
-                raise CheckpointError(
-                    f"the checkpoint has {found} for {full_name}, this model wants {expected}: it "
-                    "is of another architecture; use the config in its run folder"
-                )
+def _slices(offsets: tuple[int, ...], part: Tensor) -> tuple[slice, ...]:
+    pairs = zip(offsets, part.shape, strict=True)
+    return tuple(slice(start, start + size) for start, size in pairs)

@@ -1,24 +1,40 @@
 """`ddp`: every rank holds the whole model and the ranks average their gradients.
 
-Source: Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel Training".
+Sources: Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel Training";
+Vogels et al. 2019, "PowerSGD" (the lossy compression of `compression: powersgd`).
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
+from typing import Literal, cast
 
+import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from scalellm.config import setting
+from scalellm.config import TrainConfig, setting
+from scalellm.dist import World
+from scalellm.errors import ConfigError
 from scalellm.strategies.base import Options, Strategy
 
 
 class DDPOptions(Options):
     bucket_mb: int = setting(25, "gradients reduced together", unit="MiB", ge=1)
     find_unused_parameters: bool = setting(
-        False, "for models that leave parameters out of some forwards; costs a graph walk a step"
+        True,
+        "allow forwards that leave parameters out; false saves a graph walk a step, and stops the "
+        "run if one is left out",
+    )
+    compression: Literal["none", "bf16", "fp16", "powersgd"] = setting(
+        "none", "what gradients are squeezed into on the wire; all but none change the loss"
+    )
+    powersgd_rank: int = setting(4, "rank of PowerSGD's approximation; more is truer", ge=1)
+    powersgd_start_step: int = setting(
+        100, "steps of plain averaging before PowerSGD begins", unit="steps", ge=2
     )
 
 
@@ -26,18 +42,61 @@ class DDP(Strategy):
     options_class = DDPOptions
     needs_process_group = True
 
+    @classmethod
+    def check(cls, options: Options, world: World, train: TrainConfig) -> None:
+        options = cast(DDPOptions, options)
+        if train.precision == "fp64" and options.compression != "none":
+            raise ConfigError(
+                f"strategy.compression={options.compression} loses what train.precision=fp64 "
+                "keeps; use strategy.compression=none or another precision"
+            )
+
     def wrap(self, model: nn.Module) -> nn.Module:
         options = cast(DDPOptions, self.options)
         self.gradient_scale = float(self.world.world_size)  # DDP averages; the loss wants a sum
         on_gpu = self.world.device.type == "cuda"
-        return DistributedDataParallel(
+        # The default walks the graph to be safe; that it found nothing is no news.
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        module = DistributedDataParallel(
             model,
             device_ids=[self.world.device] if on_gpu else None,
             bucket_cap_mb=options.bucket_mb,
             gradient_as_bucket_view=True,
             find_unused_parameters=options.find_unused_parameters,
         )
+        _compress(module, options)
+        return module
 
     def micro_step(self, is_last: bool) -> AbstractContextManager[None]:
         module = cast(DistributedDataParallel, self.module)
         return nullcontext() if is_last else module.no_sync()
+
+
+def _compress(module: DistributedDataParallel, options: DDPOptions) -> None:
+    if options.compression == "powersgd":
+        state = powerSGD_hook.PowerSGDState(
+            process_group=None,
+            matrix_approximation_rank=options.powersgd_rank,
+            start_powerSGD_iter=options.powersgd_start_step,
+        )
+        module.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    elif options.compression != "none":
+        dtype = torch.bfloat16 if options.compression == "bf16" else torch.float16
+        # torch's own bf16 hook refuses every backend but NCCL by name; the sum works on gloo too.
+        hook = functools.partial(default_hooks._compress_hook, dtype)
+        module.register_comm_hook(None, _annotated(hook))
+
+
+def _annotated(hook: functools.partial) -> object:
+    """DDP checks the hook's annotations, which a partial does not show."""
+
+    def compress(
+        group: torch.distributed.ProcessGroup, bucket: torch.distributed.GradBucket
+    ) -> torch.futures.Future[torch.Tensor]:
+        return hook(group, bucket)
+
+    compress.__annotations__ = {
+        "bucket": torch.distributed.GradBucket,
+        "return": torch.futures.Future[torch.Tensor],
+    }
+    return compress

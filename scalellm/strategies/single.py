@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from scalellm.config import TrainConfig
 from scalellm.dist import World
 from scalellm.errors import ConfigError
 from scalellm.strategies.base import Options, Strategy
@@ -11,7 +12,7 @@ class Single(Strategy):
     """The base behaviour, which refuses more than one rank: each would train alone."""
 
     @classmethod
-    def check(cls, options: Options, world: World) -> None:
+    def check(cls, options: Options, world: World, train: TrainConfig) -> None:
         if world.world_size > 1:
             raise ConfigError(
                 f"strategy.name=single trains in one process, but {world.launcher} started "

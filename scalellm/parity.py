@@ -1,0 +1,181 @@
+"""The same loss, shown: one training task run by any strategy, and how far two runs are apart.
+
+The task is synthetic and hard on a strategy: tied embeddings, clipping that bites, targets padded
+raggedly (so ranks hold different numbers of tokens), and an odd vocabulary (so shards are unequal).
+Raw gradients are compared too: Adam hides a constant factor in them, and a loss curve alone would
+not show it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scalellm import checkpoint, strategies
+from scalellm.batches import Batch
+from scalellm.config import BatchPlan, ModelConfig, StrategyConfig, TrainConfig
+from scalellm.dist import World, sum_over_ranks
+from scalellm.model import Decoder
+from scalellm.train.optimizer import make_adamw
+
+# Largest relative difference allowed: fp64 shows the algorithm, fp32 what a user sees.
+TOLERANCE = {"fp64": 1e-11, "fp32": 1e-5}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained. `micro_batch` None: the whole share of a rank at once."""
+
+    model: ModelConfig
+    steps: int
+    precision: str = "fp64"
+    global_batch: int = 8
+    micro_batch: int | None = None
+    learning_rate: float = 1e-2
+    grad_clip: float = 0.3
+
+    def train_config(self) -> TrainConfig:
+        return TrainConfig.model_validate(
+            {
+                "steps": self.steps,
+                "precision": self.precision,
+                "learning_rate": self.learning_rate,
+                "grad_clip": self.grad_clip,
+                "global_batch_size": self.global_batch,
+            }
+        )
+
+
+@dataclass
+class Curve:
+    """What a run leaves; `gradients` are the raw ones of its first step, whole."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+
+
+def tokens_of(step: int, task: Task) -> tuple[Tensor, Tensor]:
+    """Returns tokens and targets, (global batch, T), of one step: arithmetic that can be learned."""
+    vocab_size, seq_len = task.model.vocab_size or 0, task.model.seq_len
+    generator = torch.Generator().manual_seed(step)
+    start = torch.randint(0, vocab_size, (task.global_batch, 1), generator=generator)
+    tokens = (start + 7 * torch.arange(seq_len + 1)) % vocab_size
+    targets = tokens[:, 1:].clone()
+    for row in range(task.global_batch):
+        targets[row, seq_len - row * seq_len // (2 * task.global_batch) :] = -100
+    return tokens[:, :-1], targets
+
+
+def build(
+    task: Task, name: str, options: dict[str, Any], world: World, model: Decoder | None = None
+) -> strategies.Strategy:
+    """Returns a strategy that is set up with the task's model, or the one given."""
+    train = task.train_config()
+    strategy_class = strategies.resolve(name)
+    config = StrategyConfig.model_validate({"name": name, **options})
+    parsed = strategies.parse_options(config, strategy_class, world, train)
+    strategy = strategy_class(world, train, parsed)
+    if model is None:
+        with torch.device("meta"):
+            model = Decoder(task.model)
+    torch.manual_seed(0)
+    strategy.setup(model, functools.partial(make_adamw, train=train))
+    return strategy
+
+
+def train_steps(
+    strategy: strategies.Strategy, task: Task, world: World, steps: range
+) -> Iterator[tuple[float, float, dict[str, Tensor]]]:
+    """Yields (loss, gradient norm, raw gradients of the first of the steps) of each step."""
+    plan = BatchPlan.of(task.global_batch, task.micro_batch, world.world_size)
+    for step in steps:
+        tokens, targets = (tensor.to(world.device) for tensor in tokens_of(step, task))
+        num_tokens = int((targets != -100).sum())
+        loss_sum = 0.0
+        for rows, is_last in _rows(plan, world.rank):
+            with strategy.micro_step(is_last):
+                loss = strategy.forward(Batch(tokens[rows], targets[rows]))
+                strategy.backward(loss, num_tokens)
+            loss_sum += float(loss.detach())
+        gradients = strategy.full_gradients() if step == steps.start else {}
+        grad_norm = strategy.step(task.learning_rate).grad_norm
+        yield sum_over_ranks([loss_sum], world.device)[0] / num_tokens, grad_norm, gradients
+
+
+def _rows(plan: BatchPlan, rank: int) -> Iterator[tuple[slice, bool]]:
+    start = rank * plan.micro_batch_size * plan.grad_accumulation
+    for index in range(plan.grad_accumulation):
+        begin = start + index * plan.micro_batch_size
+        yield slice(begin, begin + plan.micro_batch_size), index == plan.grad_accumulation - 1
+
+
+def run_curve(
+    task: Task,
+    name: str,
+    options: dict[str, Any],
+    world: World,
+    *,
+    load: Path | None = None,
+    save: Path | None = None,
+    stop: int | None = None,
+) -> Curve:
+    """Trains the task, from a checkpoint at `load` if given, to step `stop`, saving to `save`."""
+    strategy = build(task, name, options, world)
+    try:
+        first = 0
+        if load is not None:
+            source = checkpoint.open_checkpoint(load)
+            strategy.load_state(source)
+            first = source.step
+        curve = Curve()
+        last = task.steps if stop is None else stop
+        for loss, grad_norm, gradients in train_steps(strategy, task, world, range(first, last)):
+            curve.losses.append(loss)
+            curve.grad_norms.append(grad_norm)
+            curve.gradients = curve.gradients or gradients
+        if save is not None:
+            checkpoint.save(save, last, strategy.state(), {}, world, keep=1)
+        curve.memory = strategy.memory()
+    finally:
+        strategy.close()
+    return curve
+
+
+def worst_difference(found: Curve, wanted: Curve) -> float:
+    """Largest relative difference over losses, gradient norms and raw gradients."""
+    return max(differences(found, wanted).values())
+
+
+def differences(found: Curve, wanted: Curve) -> dict[str, float]:
+    """Largest relative differences by kind; raw gradients as norm of the difference over norm."""
+    if found.gradients.keys() != wanted.gradients.keys():
+        odd = sorted(found.gradients.keys() ^ wanted.gradients.keys())
+        raise ValueError(f"gradients of {odd} are on one side only")
+    return {
+        "loss": _worst(found.losses, wanted.losses),
+        "grad_norm": _worst(found.grad_norms, wanted.grad_norms),
+        "gradients": max(
+            (
+                float((found.gradients[name] - gradient).norm() / gradient.norm())
+                for name, gradient in wanted.gradients.items()
+                if float(gradient.norm())
+            ),
+            default=0.0,
+        ),
+    }
+
+
+def _worst(found: list[float], wanted: list[float]) -> float:
+    pairs = zip(found, wanted, strict=True)
+    # A NaN compares false with everything: it must not pass as a small difference.
+    apart = [abs(a - b) / abs(b) if math.isfinite(a) else math.inf for a, b in pairs]
+    return max(apart, default=0.0)

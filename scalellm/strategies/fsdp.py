@@ -1,0 +1,167 @@
+"""`fsdp`: parameters, gradients and optimizer state are divided among the ranks (FSDP2).
+
+Each decoder block is a unit: its parameters are gathered just before it runs and given up after.
+Sources: Rajbhandari et al. 2020, "ZeRO" (stage 3 and 2); Zhao et al. 2023, "PyTorch FSDP"; hybrid
+sharding on a two-dimensional mesh as in the latter, section 3.2.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from scalellm.config import TrainConfig, setting
+from scalellm.dist import World, sum_over_ranks
+from scalellm.errors import ConfigError
+from scalellm.strategies.base import Options, Sharding, Strategy, is_meta
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class FSDPOptions(Options):
+    reshard_after_forward: bool = setting(
+        True,
+        "give gathered parameters up after the forward (as ZeRO-3); false keeps them until the "
+        "backward is done (as ZeRO-2), which saves a gather and costs their memory",
+    )
+    shard_ranks: int | None = setting(
+        None,
+        "ranks that divide one model among them, the others hold replicas (hybrid sharding, HSDP); "
+        "null: all",
+        unit="ranks",
+        ge=1,
+    )
+    cpu_offload: bool = setting(
+        False, "keep parameters, gradients and optimizer in host memory; the update runs there"
+    )
+    param_dtype: Literal["fp32", "bf16", "fp16"] | None = setting(
+        None,
+        "gather and compute parameters in this precision, keep fp32 shards; null: gather as stored",
+    )
+    reduce_dtype: Literal["fp32", "bf16", "fp16"] | None = setting(
+        None, "precision of gradients on the wire; null: that of param_dtype's gradients"
+    )
+    reduce_every_micro_batch: bool = setting(
+        True,
+        "keep gradients divided during accumulation; false communicates once a step, but every "
+        "rank holds the whole gradient",
+    )
+
+
+class FSDP(Strategy):
+    options_class = FSDPOptions
+    needs_process_group = True
+
+    @classmethod
+    def check(cls, options: Options, world: World, train: TrainConfig) -> None:
+        options = cast(FSDPOptions, options)
+        if options.shard_ranks is not None and world.world_size % options.shard_ranks:
+            fitting = [n for n in range(1, world.world_size + 1) if world.world_size % n == 0]
+            raise ConfigError(
+                f"strategy.shard_ranks={options.shard_ranks} ranks does not divide the "
+                f"{world.world_size} ranks of this run into equal groups; use "
+                f"{' or '.join(map(str, fitting))}, or start another number of ranks"
+            )
+        if train.precision == "fp64" and (options.param_dtype or options.reduce_dtype):
+            raise ConfigError(
+                "strategy.param_dtype and strategy.reduce_dtype lower the precision, which "
+                "train.precision=fp64 forbids; leave them out"
+            )
+
+    @classmethod
+    def sharding(cls, options: Options, world: World) -> Sharding:
+        ranks = cast(FSDPOptions, options).shard_ranks or world.world_size
+        return Sharding(parameters=ranks, gradients=ranks, optimizer=ranks)
+
+    # -- building ---------------------------------------------------------------------------
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Leaves a meta model as it is: only this rank's shards get memory, in `wrap`."""
+        return model if is_meta(model) else super().place(model)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        options = cast(FSDPOptions, self.options)
+        self.gradient_scale = float(self.world.world_size)  # FSDP averages; the loss wants a sum
+        self.mesh = self._make_mesh(options.shard_ranks)
+        on_gpu = self.world.device.type == "cuda"
+        arguments: dict[str, Any] = {
+            "mesh": self.mesh,
+            "reshard_after_forward": options.reshard_after_forward,
+            # The blocks' rotation tables are fp32 on purpose: inputs are not cast.
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=_DTYPES.get(options.param_dtype or ""),
+                reduce_dtype=_DTYPES.get(options.reduce_dtype or ""),
+                cast_forward_inputs=False,
+            ),
+            # Pinned memory needs a GPU to pin it for.
+            "offload_policy": CPUOffloadPolicy(pin_memory=on_gpu)
+            if options.cpu_offload
+            else OffloadPolicy(),
+        }
+        for block in model.get_submodule("layers").children():
+            fully_shard(block, **arguments)
+        root = fully_shard(model, **arguments)
+        if hasattr(root, "set_reduce_scatter_unused_params"):  # torch 2.12
+            root.set_reduce_scatter_unused_params(True)
+        if is_meta(model):
+            device = torch.device("cpu") if options.cpu_offload else self.world.device
+            model.to_empty(device=device)
+            self.fill(model)
+        return model
+
+    def _make_mesh(self, shard_ranks: int | None) -> DeviceMesh:
+        device, world_size = self.world.device.type, self.world.world_size
+        if shard_ranks is None or shard_ranks == world_size:
+            return init_device_mesh(device, (world_size,), mesh_dim_names=("shard",))
+        shape = (world_size // shard_ranks, shard_ranks)
+        return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
+
+    # -- one optimizer step -----------------------------------------------------------------
+
+    @contextmanager
+    def micro_step(self, is_last: bool) -> Iterator[None]:
+        if not cast(FSDPOptions, self.options).reduce_every_micro_batch:
+            cast(FSDPModule, self.module).set_requires_gradient_sync(is_last)
+        yield
+
+    def grad_norm(self) -> float:
+        """Each rank sums the squares it holds; of replicas only the first counts."""
+        local = super().grad_norm() if self._is_first_replica() else 0.0
+        [squares] = sum_over_ranks([local * local], self.world.device)
+        return math.sqrt(squares) if squares >= 0 else math.nan
+
+    # -- state ------------------------------------------------------------------------------
+
+    def part_of(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        if not isinstance(tensor, DTensor):
+            return super().part_of(tensor)
+        _, offsets = compute_local_shape_and_global_offset(
+            tensor.shape, tensor.device_mesh, tensor.placements
+        )
+        return tensor.to_local(), offsets
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            return tensor
+        return tensor.to(self.world.device).full_tensor()  # a collective needs its group's device
+
+    def writes(self, index: int) -> bool:
+        return self._is_first_replica()
+
+    def _is_first_replica(self) -> bool:
+        return self.mesh.ndim == 1 or self.mesh.get_local_rank("replicate") == 0
