@@ -49,6 +49,7 @@ class Task:
                 "learning_rate": self.learning_rate,
                 "grad_clip": self.grad_clip,
                 "global_batch_size": self.global_batch,
+                "micro_batch_size": self.micro_batch,
             }
         )
 
