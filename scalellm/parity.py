@@ -30,6 +30,41 @@ TOLERANCE = {"fp64": 1e-11, "fp32": 1e-5}
 
 
 @dataclass(frozen=True)
+class Variant:
+    """A strategy with options; `precision` is the one its parity is held to."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    precision: str = "fp64"
+    worlds: tuple[int, ...] = (1, 2, 4)
+
+
+def _zero(stage: int, name: str = "deepspeed", **options: Any) -> Variant:
+    """Small parameters are divided too: otherwise a small model would not be divided at all."""
+    options = {"stage": stage, **({"persistent_elements": 0} if stage == 3 else {}), **options}
+    return Variant(name, options, "fp32")
+
+
+VARIANTS = {
+    "single": Variant("single", worlds=(1,)),
+    "ddp": Variant("ddp"),
+    "fsdp": Variant("fsdp"),
+    "fsdp-no-reshard": Variant("fsdp", {"reshard_after_forward": False}),
+    "fsdp-cpu-offload": Variant("fsdp", {"cpu_offload": True}),
+    "hsdp": Variant("fsdp", {"shard_ranks": 2}, worlds=(2, 4)),
+    "deepspeed-0": _zero(0),
+    "deepspeed-1": _zero(1),
+    "deepspeed-2": _zero(2),
+    "deepspeed-3": _zero(3),
+    "deepspeed-2-offload": _zero(2, offload_optimizer="cpu"),
+    "deepspeed-3-offload": _zero(3, offload_optimizer="cpu"),
+    "deepspeed-3-offload-both": _zero(3, offload_optimizer="cpu", offload_param="cpu"),
+    "accelerate-ddp": Variant("accelerate", {"backend": "ddp"}, "fp32"),
+    "accelerate-deepspeed": _zero(2, "accelerate", backend="deepspeed"),
+}
+
+
+@dataclass(frozen=True)
 class Task:
     """What is trained. `micro_batch` None: the whole share of a rank at once."""
 

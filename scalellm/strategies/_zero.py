@@ -10,7 +10,7 @@ gather whole tensors, and its universal checkpoint mixes up parameter groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ import torch.distributed as tdist
 from torch import Tensor, nn
 
 from scalellm.strategies._state import MOMENTS, Piece, StateSource, flat_pieces, read_flat
+from scalellm.strategies._transforms import canonical_fqn
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,23 @@ class ZeroState:
         self.stage = stage
         self.names = names
         self.slots = list(self._cut_each() if stage == 3 else self._cut_groups())
+        if stage == 3:
+            self._share_masters()
+
+    def _share_masters(self) -> None:
+        """Lets fp32 weights be their own masters, as DeepSpeed intends.
+
+        It compares a device with its name, finds them different and keeps a second fp32 copy.
+        """
+        zero = self.zero
+        if zero.offload_optimizer:
+            return
+        for index, working in enumerate(zero.fp16_partitioned_groups_flat):
+            master = zero.fp32_partitioned_groups_flat[index]
+            if working.dtype == master.dtype and working.device == master.device:
+                working.requires_grad = True
+                working.ds_id = master.ds_id
+                zero.fp32_partitioned_groups_flat[index] = working
 
     def _cut_groups(self) -> Iterator[Slot]:
         zero = self.zero
@@ -120,6 +138,16 @@ class ZeroState:
                 if self.stage == 3:
                     self.zero._reassign_or_swap_out_partitioned_parameters(index)
         self.refresh()
+
+    @torch.no_grad()
+    def fill(self, values: Iterable[tuple[str, Tensor]]) -> None:
+        """Sets the masters to whole values by parameter; not for tensors swapped to disk."""
+        slots = {slot.name: slot for slot in self.slots}
+        for name, value in values:
+            slot = slots.get(canonical_fqn(name))
+            if slot is not None and not self._is_swapped(slot.index):
+                part = value.flatten()[slot.start : slot.stop]
+                slot.of(self.flats[slot.index]).copy_(part)
 
     def refresh(self) -> None:
         """Hands changed fp32 masters to the parameters the model computes with."""

@@ -7,7 +7,7 @@ Vogels et al. 2019, "PowerSGD" (the lossy compression of `compression: powersgd`
 from __future__ import annotations
 
 import functools
-import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, cast
 
@@ -51,15 +51,20 @@ class DDP(Strategy):
                 "keeps; use strategy.compression=none or another precision"
             )
 
+    def __init__(self, world: World, train: TrainConfig, options: Options) -> None:
+        super().__init__(world, train, options)
+        # Who makes the distributed module; Accelerate puts itself in between.
+        self.distribute: Callable[[nn.Module], nn.Module] = self._distribute
+
     def wrap(self, model: nn.Module) -> nn.Module:
-        options = cast(DDPOptions, self.options)
         self.gradient_scale = float(self.world.world_size)  # DDP averages; the loss wants a sum
-        on_gpu = self.world.device.type == "cuda"
-        # The default walks the graph to be safe; that it found nothing is no news.
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        return self.distribute(model)
+
+    def _distribute(self, model: nn.Module) -> nn.Module:
+        options = cast(DDPOptions, self.options)
         module = DistributedDataParallel(
             model,
-            device_ids=[self.world.device] if on_gpu else None,
+            device_ids=[self.world.device] if self.world.device.type == "cuda" else None,
             bucket_cap_mb=options.bucket_mb,
             gradient_as_bucket_view=True,
             find_unused_parameters=options.find_unused_parameters,
@@ -68,8 +73,9 @@ class DDP(Strategy):
         return module
 
     def micro_step(self, is_last: bool) -> AbstractContextManager[None]:
-        module = cast(DistributedDataParallel, self.module)
-        return nullcontext() if is_last else module.no_sync()
+        # Alone in its world Accelerate leaves the module as it is.
+        communicates = isinstance(self.module, DistributedDataParallel)
+        return nullcontext() if is_last or not communicates else self.module.no_sync()
 
 
 def _compress(module: DistributedDataParallel, options: DDPOptions) -> None:

@@ -6,8 +6,9 @@ Sources: Rajbhandari et al. 2020, "ZeRO"; Ren et al. 2021, "ZeRO-Offload"; Rajbh
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -33,6 +34,9 @@ from scalellm.strategies.base import (
 )
 
 
+Initialize = Callable[[nn.Module, torch.optim.Optimizer, dict[str, Any]], Any]
+
+
 class DeepSpeed(Strategy):
     options_class = DeepSpeedOptions
     needs_process_group = True
@@ -53,6 +57,11 @@ class DeepSpeed(Strategy):
 
     # -- building ---------------------------------------------------------------------------
 
+    def __init__(self, world: World, train: TrainConfig, options: Options) -> None:
+        super().__init__(world, train, options)
+        # Who makes the engine; Accelerate puts itself in between.
+        self.initialize: Initialize = self._initialize
+
     def setup(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         options = cast(DeepSpeedOptions, self.options)
         self.gradient_scale = float(self.world.world_size)  # the engine averages over ranks
@@ -65,6 +74,7 @@ class DeepSpeed(Strategy):
                 "(package libaio-dev or libaio-devel), which this machine lacks; install it or use "
                 "strategy.offload_optimizer=cpu"
             )
+        self._initial = torch.get_rng_state() if is_meta(model) else None
         self.model = self._partitioned(model, deepspeed) if options.stage == 3 else model
         if options.stage < 3:
             self.model = self.place(model)
@@ -73,17 +83,27 @@ class DeepSpeed(Strategy):
             optimizer = make_optimizer(self.named_parameters())
         if options.offload_optimizer != "none" and options.cpu_adam == "deepspeed":
             optimizer = cpu_adam(optimizer, self.world)
-        self.engine, self.optimizer, *_ = deepspeed.initialize(
-            model=self.model,
-            optimizer=optimizer,
-            config=self.config,
-            dist_init_required=False,
-        )
-        self.module = self.engine
+        self.engine = self.initialize(self.model, optimizer, self.config)
+        self.module, self.optimizer = self.engine, self.engine.optimizer
         self.zero: ZeroState | None = None
         if options.stage:
             names = {id(parameter): name for name, parameter in self.named_parameters()}
             self.zero = ZeroState(self.optimizer, options.stage, names)
+            self._set_masters()
+
+    def _initialize(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]
+    ) -> Any:
+        deepspeed = importlib.import_module("deepspeed")
+        arguments = {"model": model, "optimizer": optimizer, "config": config}
+        return deepspeed.initialize(**arguments, dist_init_required=False)[0]
+
+    def _set_masters(self) -> None:
+        """Starts fp32 master weights from the initial values, not from those rounded to bf16."""
+        assert self.zero is not None
+        if self.train.precision == "bf16" and self._initial is not None:
+            torch.set_rng_state(self._initial)
+            self.zero.fill(cast(Any, self.model).initial_weights())
 
     def plan(self) -> BatchPlan:
         return BatchPlan.of(
