@@ -103,7 +103,8 @@ class DeepSpeed(Strategy):
         assert self.zero is not None
         if self.train.precision == "bf16" and self._initial is not None:
             torch.set_rng_state(self._initial)
-            self.zero.fill(cast(Any, self.model).initial_weights())
+            with _shaped(self.model):
+                self.zero.fill(cast(Any, self.model).initial_weights())
 
     def plan(self) -> BatchPlan:
         return BatchPlan.of(
