@@ -14,6 +14,7 @@ import os
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from scalellm import __version__
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read by OpenMP when torch loads. Its own default lets a waiting thread spin for milliseconds,
     # which costs up to six times the speed when anything else runs on the machine (docs/log.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # Read when torch loads. DDP warns on every rank that walking the graph found nothing.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without the letters of a sample
@@ -138,6 +141,11 @@ def _train(argv: Sequence[str]) -> int:
     parser.add_argument("--config", help="the config file, if not the first word")
     parser.add_argument("--nproc", type=int, help="start so many ranks on this machine")
     parser.add_argument("--resume", metavar="auto|DIR", help="go on from a checkpoint")
+    parser.add_argument(
+        "--print-deepspeed-config",
+        action="store_true",
+        help="print the JSON that DeepSpeed would be given, and train nothing",
+    )
     # The deepspeed launcher appends this; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(argv)
@@ -153,6 +161,15 @@ def _train(argv: Sequence[str]) -> int:
     from scalellm.dist import World, detect
 
     config = load_config(options.config, words)
+    if options.print_deepspeed_config:
+        from scalellm.reference import backend_json
+
+        started = detect()
+        print(
+            backend_json(config, replace(started, world_size=options.nproc or started.world_size)),
+            end="",
+        )
+        return EXIT_DONE
     launched = detect().launcher != "python"
     if options.nproc is not None and not launched:
         from scalellm.clusters.local import MAX_RANKS, launch
@@ -308,6 +325,18 @@ def _prepare(argv: Sequence[str]) -> int:
     return EXIT_DONE
 
 
+def _export(argv: Sequence[str]) -> int:
+    parser = _Parser("export", "Write a run's weights as plain safetensors, for other tools.")
+    parser.add_argument("run", type=Path, help="run folder or checkpoint")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights")
+    options = parser.parse_intermixed_args(argv)
+    from scalellm.export import export_run
+
+    print(export_run(options.run, options.out, options.dtype))
+    return EXIT_DONE
+
+
 def _bench(argv: Sequence[str]) -> int:
     folder = Path(__file__).resolve().parents[1] / "benchmarks"
     known = sorted(path.stem for path in folder.glob("[!_]*.py"))
@@ -317,6 +346,7 @@ def _bench(argv: Sequence[str]) -> int:
         near = did_you_mean(argv[0], known) if argv else ""
         asked = f"unknown benchmark {argv[0]!r}{near}" if argv else "bench needs a name"
         raise UserError(f"{asked}; benchmarks: {', '.join(known)}")
+    sys.path.insert(0, str(folder))  # benchmarks share modules named _*.py
     module = runpy.run_path(str(folder / f"{argv[0]}.py"))
     return int(module["main"](list(argv[1:])) or 0)
 
@@ -334,6 +364,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "train": (_train, "train a decoder as a config says"),
     "eval": (_eval, "loss and perplexity of a run on a dataset"),
     "generate": (_generate, "continue a text with a trained model"),
+    "export": (_export, "write a run's weights for other tools"),
     "bench": (_bench, "measure on this machine"),
     "schema": (_schema, "print the JSON schema of config files"),
 }

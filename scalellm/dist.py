@@ -1,4 +1,4 @@
-"""Ranks, devices and threads: the only reader of RANK, WORLD_SIZE and LOCAL_RANK.
+"""Ranks, devices and threads: the only reader of RANK, WORLD_SIZE and what launchers set instead.
 
 Everything else asks a `World`. Collectives here are the few the training loop needs itself; the
 heavy ones (gradients, parameters) belong to the strategies.
@@ -6,27 +6,38 @@ heavy ones (gradients, parameters) belong to the strategies.
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as tdist
 
+from scalellm import launched
 from scalellm.errors import ConfigError, UserError
+from scalellm.launched import read_int
 
 T = TypeVar("T")
 
 CPU = torch.device("cpu")
 TIMEOUT = timedelta(minutes=10)
+# Ranks that write a checkpoint wait for the slowest disk among them.
+SIDE_TIMEOUT = timedelta(hours=2)
+Group = tdist.ProcessGroup | None
+_NAMES = launched.Names("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
 class World:
-    """Who this process is among the ranks of one run, and what it computes on."""
+    """Who this process is among the ranks of one run, and what it computes on.
+
+    `launcher_asks` is what the launcher was told besides a number of ranks, and what only the
+    config can grant: see `launched.accelerate_asks`.
+    """
 
     rank: int = 0
     local_rank: int = 0
@@ -34,6 +45,7 @@ class World:
     local_world_size: int = 1
     launcher: str = "python"
     device: torch.device = CPU
+    launcher_asks: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -47,41 +59,33 @@ class World:
 
 def detect() -> World:
     """Reads the launcher's environment. Raises ConfigError if it contradicts itself."""
-    world = World(
-        rank=_read_int("RANK", 0),
-        local_rank=_read_int("LOCAL_RANK", 0),
-        world_size=_read_int("WORLD_SIZE", 1),
-        launcher=_launcher(),
-    )
-    world = replace(world, local_world_size=_read_int("LOCAL_WORLD_SIZE", world.world_size))
-    if not 0 <= world.rank < world.world_size:
+    has_rank = _NAMES.rank in os.environ
+    launcher = launched.name(has_rank=has_rank)
+    names = _NAMES if has_rank else launched.WITHOUT_RANK.get(launcher, _NAMES)
+    world_size = read_int(names.world_size, 1)
+    if world_size > 1 and not os.environ.get(names.rank):
         raise ConfigError(
-            f"RANK={world.rank} is outside WORLD_SIZE={world.world_size}: start the ranks with "
-            "torchrun or `scalellm train --nproc N`, which set both"
+            f"{names.world_size}={world_size}, but {names.rank} is not set: {_START_THE_RANKS}"
         )
-    return world
+    rank = read_int(names.rank, 0)
+    if not 0 <= rank < world_size:
+        raise ConfigError(
+            f"{names.rank}={rank} is outside {names.world_size}={world_size}: {_START_THE_RANKS}"
+        )
+    local_world_size = launched.local_world_size(names) or world_size
+    return World(
+        rank=rank,
+        local_rank=read_int(names.local_rank, rank % local_world_size),
+        world_size=world_size,
+        local_world_size=local_world_size,
+        launcher=launcher,
+        launcher_asks=launched.accelerate_asks(has_rank=has_rank)
+        if launcher == "accelerate"
+        else {},
+    )
 
 
-def _read_int(name: str, default: int) -> int:
-    text = os.environ.get(name, "")
-    if not text:
-        return default
-    try:
-        return int(text)
-    except ValueError:
-        raise ConfigError(f"{name}={text!r} in the environment is not a whole number") from None
-
-
-def _launcher() -> str:
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return "accelerate"
-    if "SCALELLM_LAUNCHER" in os.environ:
-        return os.environ["SCALELLM_LAUNCHER"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return "torchrun"
-    if "WORLD_SIZE" in os.environ:
-        return "another launcher"
-    return "python"
+_START_THE_RANKS = "start the ranks with torchrun or `scalellm train --nproc N`, which set both"
 
 
 def available_cores() -> int:
@@ -91,6 +95,33 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def threads_per_rank(world: World) -> int:
+    """Divides this host's cores among its ranks, unless the launcher already has.
+
+    torchrun sets OMP_NUM_THREADS=1, which would leave most cores idle, so it is not asked.
+    """
+    cores = available_cores()
+    if world.launcher == "srun" and "SLURM_CPUS_PER_TASK" in os.environ:
+        return max(1, min(cores, read_int("SLURM_CPUS_PER_TASK", cores)))
+    if world.launcher == "deepspeed" and cores < _cores_of_parent():
+        return cores  # --bind_cores_to_rank gave this rank its own
+    return max(1, cores // world.local_world_size)
+
+
+def _cores_of_parent() -> int:
+    try:
+        return len(os.sched_getaffinity(os.getppid()))
+    except (AttributeError, OSError):
+        return 0
+
+
+def _tell_libraries(world: World) -> None:
+    """Sets what torchrun would have set: DeepSpeed and Accelerate read it too."""
+    values = (world.rank, world.local_rank, world.world_size, world.local_world_size)
+    os.environ |= {name: str(value) for name, value in zip(_NAMES, values, strict=True)}
+    os.environ["SCALELLM_LAUNCHER"] = world.launcher
+
+
 @contextmanager
 def ranks(
     device: Literal["auto", "cpu", "cuda"] = "auto", threads: int = 0, *, process_group: bool = True
@@ -98,13 +129,14 @@ def ranks(
     """Joins the ranks for the length of a `with`; leaves the process group whatever happens.
 
     Args:
-        threads: CPU threads per rank; 0 divides this host's cores among its ranks. torchrun sets
-            OMP_NUM_THREADS=1, which would leave most cores idle.
+        threads: CPU threads per rank; 0: see `threads_per_rank`.
         process_group: False for a strategy that talks to nobody; needs world size 1.
     """
     world = detect()
     world = replace(world, device=_pick_device(device, world.local_rank))
-    torch.set_num_threads(threads or max(1, available_cores() // world.local_world_size))
+    if world.launcher in launched.WITHOUT_RANK:
+        _tell_libraries(world)
+    torch.set_num_threads(threads or threads_per_rank(world))
     # A cluster or a test may have made the group already; then it is theirs to destroy.
     is_ours = (process_group or world.world_size > 1) and not tdist.is_initialized()
     if is_ours:
@@ -138,23 +170,55 @@ def _init_process_group(world: World) -> None:
         # One rank alone: no port, no file.
         store = tdist.HashStore()  # type: ignore[attr-defined]
         tdist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+    elif not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
+        raise ConfigError(
+            f"{world.launcher} started {world.world_size} ranks, but MASTER_ADDR and MASTER_PORT "
+            "do not say where they meet; under slurm submit launch/slurm.sh, which sets both, "
+            "elsewhere start the ranks with torchrun"
+        )
     else:
         tdist.init_process_group(backend, timeout=TIMEOUT)
 
 
-def barrier() -> None:
+def side_group() -> Group:
+    """Makes a second group of all ranks, on the CPU, for the collectives of another thread.
+
+    Two threads that used one group would meet the wrong partner. All ranks must call it, once.
+    Returns None without a process group.
+    """
+    if not tdist.is_initialized():
+        return None
+    return tdist.new_group(backend="gloo", timeout=SIDE_TIMEOUT)
+
+
+def barrier(group: Group = None) -> None:
     """Waits for all ranks; nothing to wait for without a process group."""
     if tdist.is_initialized():
-        tdist.barrier()
+        tdist.barrier(group=group)
 
 
-def sum_over_ranks(values: Sequence[float], device: torch.device | None = None) -> list[float]:
+def sum_over_ranks(
+    values: Sequence[float], device: torch.device | None = None, group: Group = None
+) -> list[float]:
     """Returns the element-wise sum over ranks, in fp64, the same bits on every rank."""
     if not tdist.is_initialized():
         return [float(value) for value in values]
     total = torch.tensor(values, dtype=torch.float64, device=device)
-    tdist.all_reduce(total)
+    tdist.all_reduce(total, group=group)
     return [float(value) for value in total.tolist()]
+
+
+def ranks_where(condition: bool, world: World) -> list[int]:
+    """Returns the ranks on which `condition` holds, lowest first, the same list on every rank."""
+    votes = [float(condition and rank == world.rank) for rank in range(world.world_size)]
+    return [rank for rank, vote in enumerate(sum_over_ranks(votes, world.device)) if vote]
+
+
+def same_on_all_ranks(text: str, world: World) -> bool:
+    """Whether all ranks gave the same text, by its hash; the same answer on every rank."""
+    value = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
+    [total] = sum_over_ranks([value], world.device)
+    return not ranks_where(total != value * world.world_size, world)
 
 
 def together(action: Callable[[], T], world: World, *, main_only: bool = False) -> T | None:

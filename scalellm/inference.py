@@ -16,10 +16,9 @@ from scalellm.dist import ranks
 from scalellm.errors import CheckpointError, DataError
 from scalellm.evaluate import Evaluation, evaluate
 from scalellm.model import Decoder
-from scalellm.strategies import Options
-from scalellm.strategies.base import check_names
+from scalellm.strategies import Options, check_names
 from scalellm.strategies.single import Single
-from scalellm.train import load_run_config, tokenizer_sha256
+from scalellm.train import check_own_tokenizer, load_run_config
 
 
 def load_run(path: Path) -> tuple[Decoder, Tokenizer]:
@@ -38,12 +37,7 @@ def _run_dir(source: checkpoint.Checkpoint) -> Path:
 
 
 def _check_own_tokenizer(source: checkpoint.Checkpoint) -> None:
-    wanted = source.meta.get("tokenizer_sha256")
-    if wanted != tokenizer_sha256(_run_dir(source)):
-        raise CheckpointError(
-            f"the tokenizer file in {_run_dir(source)} is damaged or missing; copy it again from "
-            "the dataset the run was trained on"
-        )
+    check_own_tokenizer(_run_dir(source), source.meta.get("tokenizer_sha256"))
 
 
 def _load_model(source: checkpoint.Checkpoint) -> Decoder:

@@ -15,6 +15,8 @@ from pydantic.fields import FieldInfo
 
 from scalellm import strategies
 from scalellm.config import Config
+from scalellm.dist import World
+from scalellm.errors import ConfigError
 
 
 def help_text() -> str:
@@ -40,6 +42,24 @@ def json_schema() -> str:
         schema["$defs"] |= options.get("$defs", {})
         definition["properties"] |= options.get("properties", {})
     return json.dumps(schema, indent=1) + "\n"
+
+
+def backend_json(config: Config, world: World) -> str:
+    """The JSON that DeepSpeed would be given for this config and world.
+
+    Raises:
+        ConfigError: the strategy has no configuration of that kind, or the config cannot run.
+    """
+    strategy = strategies.resolve(config.strategy.name)
+    options = strategies.parse_options(config.strategy, strategy, world, config.train)
+    plan = config.batches(world.world_size)
+    values = strategy.backend_config(options, config.train, plan, world)
+    if values is None:
+        raise ConfigError(
+            f"strategy.name={config.strategy.name} has no DeepSpeed configuration; use "
+            "strategy.name=deepspeed, or strategy.name=accelerate with strategy.backend=deepspeed"
+        )
+    return json.dumps(values, indent=2) + "\n"
 
 
 def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:

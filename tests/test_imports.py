@@ -20,7 +20,7 @@ LAYERS = [
     {"strategies"},
     {"checkpoint", "evaluate", "generate"},
     {"train"},
-    {"inference", "reference"},
+    {"inference", "reference", "parity", "export"},
     {"clusters"},
     {"cli"},
     {"__main__"},

@@ -1,9 +1,10 @@
 """Names and checks shared by the writer and the reader of checkpoints.
 
     checkpoints/step-00000010/
-        manifest.json                what follows, with sizes and SHA-256; written last
-        model-00000.safetensors      weights that rank 0 wrote, by FQN
-        optimizer-00000.safetensors  its `<fqn>.exp_avg`, `<fqn>.exp_avg_sq`, `<fqn>.step`
+        manifest.json                    what follows, with sizes and SHA-256; written last
+        model-00000-000.safetensors      weights that rank 0 wrote, by FQN
+        optimizer-00000-000.safetensors  its `<fqn>.exp_avg`, `<fqn>.exp_avg_sq`, `<fqn>.step`
+        model-00000-001.safetensors ...  more of rank 0's, once a file has its size
 
 A directory is written under a hidden name, fsynced and renamed: a complete one has its manifest.
 """
@@ -12,22 +13,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 FORMAT = "scalellm-checkpoint"
-VERSION = 1
+VERSION = 2
+READABLE_VERSIONS = (1, 2)
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 256 << 20
 STEP_NAME = re.compile(r"step-(\d{8,})")
-FILE_NAME = re.compile(r"(model|optimizer)-\d{5}\.safetensors")
+# Version 1 had one file a rank and kind, without a number of its own.
+FILE_NAME = re.compile(r"(model|optimizer)-\d{5}(-\d{3,})?\.safetensors")
 WRITING_SUFFIX = ".writing"
 REPLACED_SUFFIX = ".replaced"
 # Which file a piece goes to, by the prefix of its name.
 FILE_OF_PREFIX = {"model": "model", "optim": "optimizer"}
+
+_Size = Annotated[int, Field(ge=0)]
 
 
 class _Strict(BaseModel):
@@ -35,21 +41,22 @@ class _Strict(BaseModel):
 
 
 class FileEntry(_Strict):
-    size_bytes: int = Field(ge=0)
+    size_bytes: _Size
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class PieceEntry(_Strict):
-    """A rectangle of a tensor: where it lies in the whole, and in which file."""
+    """A rectangle of a tensor: where it lies in the whole, in which file, under which key."""
 
     file: str
-    offsets: list[int]
-    shape: list[int]
+    key: str = ""
+    offsets: list[_Size]
+    shape: list[_Size]
 
 
 class TensorEntry(_Strict):
     dtype: Literal["float32", "float64", "bfloat16", "float16", "int64", "int32"]
-    shape: list[int]
+    shape: list[_Size]
     pieces: list[PieceEntry]
 
 
@@ -58,7 +65,7 @@ class Manifest(_Strict):
 
     format: Literal["scalellm-checkpoint"]
     version: int
-    step: int = Field(ge=0)
+    step: _Size
     meta: dict[str, Any]
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
@@ -69,13 +76,48 @@ class Manifest(_Strict):
         for name in self.files:
             if not FILE_NAME.fullmatch(name):
                 raise ValueError(f"{name!r} is no file of a checkpoint")
+        places: set[tuple[str, str]] = set()
         for name, tensor in self.tensors.items():
             for piece in tensor.pieces:
+                if self.version == 1:  # a rank had one piece of a tensor, under its name
+                    piece.key = bare_name(name)
                 if piece.file not in self.files:
                     raise ValueError(f"{name} lies in {piece.file!r}, which is not listed")
-                if not len(piece.offsets) == len(piece.shape) == len(tensor.shape):
-                    raise ValueError(f"{name} has a piece with another number of dimensions")
+                if not piece.key or (piece.file, piece.key) in places:
+                    raise ValueError(f"{name} has a piece without a key of its own: {piece.key!r}")
+                places.add((piece.file, piece.key))
+            _check_volume(name, tensor)
         return self
+
+
+def _check_volume(name: str, tensor: TensorEntry) -> None:
+    """Pieces inside the tensor, as large as it is together; overlaps are found when it is read."""
+    for piece in tensor.pieces:
+        if not len(piece.offsets) == len(piece.shape) == len(tensor.shape):
+            raise ValueError(f"{name} has a piece with another number of dimensions")
+        corners = zip(piece.offsets, piece.shape, tensor.shape, strict=True)
+        if any(start + size > whole for start, size, whole in corners):
+            raise ValueError(f"{name} of shape {tensor.shape} has a piece outside, {piece.key!r}")
+    covered = sum(math.prod(piece.shape) for piece in tensor.pieces)
+    if covered != math.prod(tensor.shape):
+        raise ValueError(
+            f"the pieces of {name} cover {covered} of {math.prod(tensor.shape)} elements"
+        )
+
+
+def bare_name(name: str) -> str:
+    """The tensor's name without its `model.` or `optim.`."""
+    return name.partition(".")[2]
+
+
+def key_of(
+    name: str, offsets: tuple[int, ...], shape: tuple[int, ...], whole: tuple[int, ...]
+) -> str:
+    """Key of a piece in its file: the bare name, and for a part its slices, `[12:24,0:48]`."""
+    if shape == whole:
+        return bare_name(name)
+    corners = zip(offsets, shape, strict=True)
+    return f"{bare_name(name)}[{','.join(f'{start}:{start + size}' for start, size in corners)}]"
 
 
 def step_name(step: int) -> str:

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from scalellm.checkpoint.layout import (
-    FORMAT,
-    MANIFEST,
-    MAX_MANIFEST_BYTES,
-    STEP_NAME,
-    VERSION,
-    Manifest,
-    PieceEntry,
-    checksum,
-    sha256_of,
-    steps_in,
-)
+from scalellm.checkpoint.layout import MANIFEST, STEP_NAME, Manifest, PieceEntry, steps_in
+from scalellm.checkpoint.safetensors_file import DTYPE_CODES
+from scalellm.checkpoint.verify import FIX, verify
 from scalellm.errors import CheckpointError
+
+_Slices = tuple[slice, ...]
 
 
 class Checkpoint:
@@ -33,6 +24,7 @@ class Checkpoint:
         self.path = path
         self.step = manifest.step
         self.meta = manifest.meta
+        self.checksum = manifest.checksum
         self._tensors = manifest.tensors
         self._open: dict[str, Any] = {}
 
@@ -43,35 +35,59 @@ class Checkpoint:
         return tuple(self._tensors[name].shape)
 
     def read(self, name: str, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """Returns the rectangle of `shape` at `offsets`, put together from the stored pieces."""
+        """Returns the rectangle of `shape` at `offsets`, put together from the stored pieces.
+
+        Raises:
+            CheckpointError: the pieces do not cover it exactly, or are not as the manifest says.
+        """
         entry = self._tensors[name]
-        result = torch.empty(shape, dtype=getattr(torch, entry.dtype))
-        found = 0
-        for piece in entry.pieces:
-            overlap = _overlap(piece, offsets, shape)
-            if overlap is None:
-                continue
-            theirs, ours = overlap
-            stored = self._file(piece.file).get_slice(name.partition(".")[2])
-            part = stored[theirs] if theirs else stored[...]
+        dtype: torch.dtype = getattr(torch, entry.dtype)
+        parts = [(piece, _overlap(piece, offsets, shape)) for piece in entry.pieces]
+        found = [(piece, slices) for piece, slices in parts if slices is not None]
+        result = torch.empty(shape, dtype=dtype)
+        # One piece cannot overlap itself; several are checked element by element.
+        seen = torch.zeros(shape, dtype=torch.bool) if len(found) > 1 else None
+        covered = 0
+        for piece, (theirs, ours) in found:
+            part = self._stored(name, piece, dtype)[theirs or ...]
             result[ours] = part
-            found += part.numel()
-        if found != result.numel():
+            covered += part.numel()
+            if seen is None:
+                continue
+            if seen[ours].any():
+                raise CheckpointError(f"{self.path}: pieces of {name} overlap; {FIX}")
+            seen[ours] = True
+        if covered != result.numel():
             raise CheckpointError(
-                f"{self.path}: the pieces of {name} cover {found} of {result.numel()} elements; "
-                "resume from another checkpoint"
+                f"{self.path}: the pieces of {name} cover {covered} of {result.numel()} elements; "
+                f"{FIX}"
             )
         return result
 
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            self._open[name] = safe_open(self.path / name, framework="pt")
-        return self._open[name]
+    def close(self) -> None:
+        """Lets go of its files: a deleted checkpoint holds its disk space until then."""
+        self._open.clear()
+
+    def _stored(self, name: str, piece: PieceEntry, dtype: torch.dtype) -> Any:
+        """A lazy view of a piece, after a look whether it is what the manifest says."""
+        try:
+            if piece.file not in self._open:
+                self._open[piece.file] = safe_open(self.path / piece.file, framework="pt")
+            stored = self._open[piece.file].get_slice(piece.key)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path / piece.file}: {error}; {FIX}") from None
+        held = (stored.get_dtype(), stored.get_shape())
+        if held != (DTYPE_CODES[dtype], piece.shape):
+            raise CheckpointError(
+                f"{self.path / piece.file} holds {held[0]} {held[1]} as {piece.key!r}, the "
+                f"manifest says {DTYPE_CODES[dtype]} {piece.shape}; {FIX}"
+            )
+        return stored
 
 
 def _overlap(
     piece: PieceEntry, offsets: tuple[int, ...], shape: tuple[int, ...]
-) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+) -> tuple[_Slices, _Slices] | None:
     """Slices of the stored piece and of the wanted rectangle that are the same elements."""
     theirs, ours = [], []
     dimensions = zip(piece.offsets, piece.shape, offsets, shape, strict=True)
@@ -85,18 +101,29 @@ def _overlap(
     return tuple(theirs), tuple(ours)
 
 
+def locate(path: Path) -> tuple[Path, bool]:
+    """Returns (`path`, True) if it is one checkpoint, or (the folder of checkpoints, False).
+
+    Raises:
+        CheckpointError: there is nothing at `path`.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"there is no checkpoint or run folder at {path}")
+    if STEP_NAME.fullmatch(path.name) or (path / MANIFEST).exists():
+        return path, True
+    return (path / "checkpoints" if (path / "checkpoints").is_dir() else path), False
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Opens a `step-XXXXXXXX` directory, or the newest complete one of a run folder.
 
     Raises:
         CheckpointError: damaged, incomplete, of another format, or not a checkpoint at all.
     """
-    if not path.is_dir():
-        raise CheckpointError(f"there is no checkpoint or run folder at {path}")
-    if STEP_NAME.fullmatch(path.name) or (path / MANIFEST).exists():
-        return _verified(path)
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found, skipped = latest(root)
+    place, is_one = locate(path)
+    if is_one:
+        return Checkpoint(place, verify(place))
+    found, skipped = latest(place)
     if found is None:
         raise CheckpointError(
             f"{path} has no complete checkpoint" + "".join(f"; {reason}" for reason in skipped)
@@ -109,55 +136,7 @@ def latest(root: Path) -> tuple[Checkpoint | None, list[str]]:
     skipped: list[str] = []
     for path in steps_in(root):
         try:
-            return _verified(path), skipped
+            return Checkpoint(path, verify(path)), skipped
         except CheckpointError as error:
             skipped.append(str(error))
     return None, skipped
-
-
-def _verified(path: Path) -> Checkpoint:
-    manifest = _read_manifest(path)
-    for name, entry in manifest.files.items():
-        file = path / name
-        if file.is_symlink() or not file.is_file():
-            raise CheckpointError(f"{path}: its file {name!r} is missing; {_FIX}")
-        size_bytes = file.stat().st_size
-        if size_bytes != entry.size_bytes:
-            raise CheckpointError(
-                f"{file} has {size_bytes:,} bytes, its manifest says {entry.size_bytes:,}; {_FIX}"
-            )
-        if sha256_of(file) != entry.sha256:
-            raise CheckpointError(f"{file} is damaged: its SHA-256 is not the manifest's; {_FIX}")
-    return Checkpoint(path, manifest)
-
-
-_FIX = "resume from another checkpoint of the run"
-
-
-def _read_manifest(path: Path) -> Manifest:
-    file = path / MANIFEST
-    if not file.is_file():
-        raise CheckpointError(f"{path} is incomplete: it has no {MANIFEST}; {_FIX}")
-    if file.stat().st_size > MAX_MANIFEST_BYTES:
-        raise CheckpointError(f"{file} is over {MAX_MANIFEST_BYTES:,} bytes; {_FIX}")
-    try:
-        manifest = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{file} is damaged: it is not JSON; {_FIX}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{file} is not a {FORMAT} manifest; {_FIX}")
-    if manifest.get("version") != VERSION:
-        raise CheckpointError(
-            f"{file} has version {manifest.get('version')}, this scalellm reads {VERSION}; "
-            "use the scalellm that wrote it"
-        )
-    try:
-        if manifest.get("checksum") != checksum(manifest):
-            raise ValueError("its checksum does not fit its content")
-        return Manifest.model_validate(manifest)
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
-        raise CheckpointError(f"{file} is damaged: {reason}; {_FIX}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{file} is damaged: {error}; {_FIX}") from None

@@ -5,58 +5,71 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor
-
 from scalellm.checkpoint.layout import (
-    FILE_OF_PREFIX,
     FORMAT,
     MANIFEST,
     REPLACED_SUFFIX,
     VERSION,
     WRITING_SUFFIX,
+    Manifest,
     checksum,
-    sha256_of,
     step_name,
     step_of,
     steps_in,
 )
-from scalellm.dist import World, barrier, sum_over_ranks
+from scalellm.checkpoint.part import merge_tensor, part_path, write_json, write_part
+from scalellm.dist import Group, World, barrier, sum_over_ranks
 from scalellm.durable import fsync_path
 from scalellm.errors import CheckpointError
 from scalellm.strategies import Piece
 
 
 def save(
-    root: Path, step: int, pieces: Iterable[Piece], meta: dict[str, Any], world: World, keep: int
+    root: Path,
+    step: int,
+    pieces: Iterable[Piece],
+    meta: dict[str, Any],
+    world: World,
+    keep: int,
+    group: Group = None,
 ) -> Path:
     """Writes `root/step-XXXXXXXX`; every rank calls it with its own pieces.
 
     Args:
         meta: JSON values of the training loop (cursor, counters, model configuration).
         keep: complete checkpoints left in `root` afterwards, the newest ones.
+        group: of `dist.side_group`, for a caller that is not the main thread; None: the main one.
 
     Returns:
         The finished directory. A kill at any moment leaves the previous checkpoints loadable.
 
     Raises:
-        CheckpointError: the disk is full or refuses; what was written of this one is removed.
+        CheckpointError: the disk of a rank is full or refuses; what was written is removed.
     """
     target = root / step_name(step)
     temporary = root / f".{target.name}{WRITING_SUFFIX}"
-    problem = _attempt(lambda: _make_empty(temporary)) if world.is_main else None
-    _agree(problem, world, temporary)
-    problem = _attempt(lambda: _write_part(temporary, pieces, world.rank))
-    _agree(problem, world, temporary)
-    if world.is_main:
-        problem = _attempt(lambda: _commit(temporary, target, step, meta, world.world_size))
-    _agree(problem, world, temporary)
-    if world.is_main:
+
+    def on_main(action: Callable[[], None]) -> None:
+        _agree(_attempt(action) if world.is_main else None, temporary, world, group)
+
+    on_main(lambda: _make_empty(temporary))
+    iterator = iter(pieces)
+    problem = _attempt(lambda: write_part(temporary, iterator, world.rank))
+    if problem is not None:
+        # The other ranks may need this one to make their pieces.
+        _attempt(lambda: deque(iterator, maxlen=0).clear())
+    _agree(problem, temporary, world, group)
+
+    def finish() -> None:
+        commit(temporary, target, step, meta, world.world_size)
         _retain(root, step, keep)
+
+    on_main(finish)
     return target
 
 
@@ -75,7 +88,7 @@ def clean_up(root: Path) -> None:
     for left in root.glob(f".step-*{REPLACED_SUFFIX}"):
         target = root / left.name.removesuffix(REPLACED_SUFFIX).removeprefix(".")
         if not target.exists():
-            left.rename(target)  # killed between the two renames of `_commit`
+            left.rename(target)  # killed between the two renames of `commit`
         shutil.rmtree(left, ignore_errors=True)
     for left in root.glob(f".step-*{WRITING_SUFFIX}"):
         shutil.rmtree(left, ignore_errors=True)
@@ -86,31 +99,12 @@ def _make_empty(directory: Path) -> None:
     directory.mkdir(parents=True)
 
 
-def _write_part(directory: Path, pieces: Iterable[Piece], rank: int) -> None:
-    """Writes this rank's safetensors files and `part-<rank>.json`, which lists them."""
-    files: dict[str, dict[str, Tensor]] = {}
-    tensors: dict[str, Any] = {}
-    for piece in pieces:
-        prefix, _, key = piece.name.partition(".")
-        file = f"{FILE_OF_PREFIX[prefix]}-{rank:05d}.safetensors"
-        tensor = piece.tensor.detach().contiguous().cpu()
-        files.setdefault(file, {})[key] = tensor
-        tensors[piece.name] = {
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "shape": list(piece.global_shape),
-            "pieces": [{"file": file, "offsets": list(piece.offsets), "shape": list(tensor.shape)}],
-        }
-    listed: dict[str, Any] = {}
-    for name, content in files.items():
-        path = directory / name
-        save_file(content, path)
-        path.chmod(0o644)  # safetensors makes them private; other people resume runs too
-        fsync_path(path)
-        listed[name] = {"size_bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    _write_json(directory / f"part-{rank:05d}.json", {"files": listed, "tensors": tensors})
+def commit(temporary: Path, target: Path, step: int, meta: dict[str, Any], world_size: int) -> None:
+    """Joins the parts of all ranks to a manifest and renames the directory into place.
 
-
-def _commit(temporary: Path, target: Path, step: int, meta: dict[str, Any], ranks: int) -> None:
+    Raises:
+        ValueError: the pieces are not a whole: a strategy has yielded too few, or some twice.
+    """
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -119,17 +113,15 @@ def _commit(temporary: Path, target: Path, step: int, meta: dict[str, Any], rank
         "files": {},
         "tensors": {},
     }
-    for rank in range(ranks):
-        part_path = temporary / f"part-{rank:05d}.json"
-        part = json.loads(part_path.read_text())
+    for rank in range(world_size):
+        part = json.loads(part_path(temporary, rank).read_text())
         manifest["files"] |= part["files"]
         for name, tensor in part["tensors"].items():
-            known = manifest["tensors"].setdefault(name, tensor)
-            if known is not tensor:
-                known["pieces"] += tensor["pieces"]
-        part_path.unlink()
+            merge_tensor(manifest["tensors"], name, tensor)
+        part_path(temporary, rank).unlink()
     manifest["checksum"] = checksum(manifest)
-    _write_json(temporary / MANIFEST, manifest)
+    Manifest.model_validate(manifest)
+    write_json(temporary / MANIFEST, manifest)
     fsync_path(temporary)
     replaced = target.with_name(f".{target.name}{REPLACED_SUFFIX}")
     if target.exists():  # an older attempt at the same step: this one replaces it whole
@@ -145,42 +137,40 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def _attempt(action: Any) -> OSError | None:
-    """Runs an action that may meet a full disk; the error is kept until all ranks agree."""
+def _attempt(action: Callable[[], None]) -> Exception | None:
+    """Runs an action; its error is kept until all ranks have heard of it."""
     try:
         action()
-    except OSError as error:
+    except Exception as error:
         return error
-    except Exception as error:  # safetensors wraps the system's error in its own class
-        if "os error" not in str(error).lower() and "No space" not in str(error):
-            raise
-        return OSError(errno.ENOSPC if "No space" in str(error) else errno.EIO, str(error))
     return None
 
 
-def _agree(problem: OSError | None, world: World, temporary: Path) -> None:
+def _agree(problem: Exception | None, temporary: Path, world: World, group: Group) -> None:
     """Raises on all ranks if one of them failed, once the half-written directory is gone."""
-    [failures] = sum_over_ranks([0.0 if problem is None else 1.0], world.device)
+    device = world.device if group is None else None
+    [failures] = sum_over_ranks([0.0 if problem is None else 1.0], device, group)
     if not failures:
         return
     if world.is_main:
         shutil.rmtree(temporary, ignore_errors=True)
-    barrier()
+    barrier(group)
+    if problem is not None and not isinstance(problem, OSError):
+        raise problem
     root = temporary.parent
-    reason = "another rank failed, which says why"
-    if problem is not None:
-        reason = problem.strerror or str(problem)
-    if problem is not None and problem.errno in (errno.ENOSPC, errno.EDQUOT):
-        free_bytes = shutil.disk_usage(root if root.exists() else root.parent).free
-        reason = f"the disk is full ({free_bytes:,} bytes free)"
     error = CheckpointError(
-        f"could not save a checkpoint under {root}: {reason}; earlier checkpoints there are "
-        "untouched: free space, lower checkpoint.keep or choose another run.dir, then --resume auto"
+        f"could not save a checkpoint under {root}: {_reason(problem, root)}; earlier checkpoints "
+        "there are untouched: free space, lower checkpoint.keep or choose another run.dir, then "
+        "--resume auto"
     )
-    error.rank_only = problem is not None
+    error.rank_only = problem is not None and failures < world.world_size
     raise error
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, sort_keys=True, allow_nan=False))
-    fsync_path(path)
+def _reason(problem: OSError | None, root: Path) -> str:
+    if problem is None:
+        return "another rank failed, which says why"
+    if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+        free_bytes = shutil.disk_usage(root if root.exists() else root.parent).free
+        return f"the disk is full ({free_bytes:,} bytes free)"
+    return problem.strerror or str(problem)

@@ -227,6 +227,9 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     every_steps: int = setting(0, "0: only at the end", unit="steps", ge=0)
     keep: int = setting(2, "newest complete checkpoints kept", unit="checkpoints", ge=1)
+    asynchronous: bool = setting(
+        True, "write in the background from a copy in memory; false: training waits, no copy"
+    )
 
 
 class WandbConfig(Section):

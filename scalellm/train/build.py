@@ -80,7 +80,7 @@ def run_training(config: Config, resume: str | None = None) -> Outcome:
 def check_config(config: Config, world: World) -> tuple[strategies.Options, BatchPlan]:
     """Raises ConfigError if this world cannot run this config; allocates and starts nothing."""
     strategy_class = strategies.resolve(config.strategy.name)
-    options = strategies.parse_options(config.strategy, strategy_class, world)
+    options = strategies.parse_options(config.strategy, strategy_class, world, config.train)
     return options, config.batches(world.world_size)
 
 
@@ -95,7 +95,16 @@ def _build(
     stack: ExitStack,
 ) -> Run:
     torch.manual_seed(config.run.seed)
-    strategy.setup(Decoder(config.model), functools.partial(make_adamw, train=config.train))
+    with torch.device("meta"):  # the strategy gives it memory, as much as this rank holds
+        model = Decoder(config.model)
+    strategy.setup(model, functools.partial(make_adamw, train=config.train))
+    saver = checkpoint.Saver(
+        folder.checkpoints,
+        world,
+        keep=config.checkpoint.keep,
+        asynchronous=config.checkpoint.asynchronous,
+    )
+    stack.callback(saver.close)
     run = Run(
         config=config,
         world=world,
@@ -103,7 +112,8 @@ def _build(
         stream=iter(()),
         micro_batch_size=plan.micro_batch_size,
         evaluate=_evaluator(config, world, strategy, plan, dataset),
-        save=functools.partial(save_run, folder),
+        save=functools.partial(save_run, folder, saver),
+        finish_saving=saver.wait,
         writers=[],
         early_stopping=EarlyStopping(
             config.eval.early_stop_patience, config.eval.early_stop_min_delta

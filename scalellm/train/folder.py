@@ -17,20 +17,20 @@ import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 import yaml
 
 from scalellm.config import Config, load_config
 from scalellm.dist import World, available_cores
-from scalellm.errors import ConfigError
+from scalellm.errors import CheckpointError, ConfigError
 from scalellm.metrics import JSONL_NAME
 
 CONFIG_NAME = "config.yaml"
 CHECKPOINTS_NAME = "checkpoints"
 LOCK_NAME = ".lock"
-_PACKAGES = ("scalellm", "torch", "numpy", "safetensors", "zstandard", "sentencepiece")
+_PACKAGES = ("scalellm", "torch", "deepspeed", "accelerate", "numpy", "safetensors", "zstandard")
 
 
 class RunFolder:
@@ -73,7 +73,8 @@ class RunFolder:
         # Absolute, so that `scalellm eval` finds the data from any working directory.
         source = config.data.model_copy(update={"path": config.data.path.resolve()})
         _write(self.path / CONFIG_NAME, dump_config(config.model_copy(update={"data": source})))
-        _write(self.path / "environment.json", json.dumps(_environment(world), indent=1) + "\n")
+        environment = json.dumps(describe_environment(world), indent=1)
+        _write(self.path / "environment.json", environment + "\n")
         if tokenizer is not None:
             shutil.copyfile(tokenizer, self.path / tokenizer.name)
 
@@ -94,6 +95,15 @@ def tokenizer_sha256(run_dir: Path) -> str | None:
     return None if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+def check_own_tokenizer(run_dir: Path, wanted_sha256: str | None) -> None:
+    """Raises CheckpointError if the run's tokenizer is not the one its checkpoint speaks of."""
+    if wanted_sha256 != tokenizer_sha256(run_dir):
+        raise CheckpointError(
+            f"the tokenizer file in {run_dir} is damaged or missing; copy it again from the "
+            "dataset the run was trained on"
+        )
+
+
 def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
@@ -112,7 +122,8 @@ def _write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _environment(world: World) -> dict[str, object]:
+def describe_environment(world: World) -> dict[str, Any]:
+    """Returns the hardware, the versions and the command that figures of this process hold for."""
     versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:

@@ -9,19 +9,22 @@ from pathlib import Path
 import torch
 
 from scalellm.config import BatchPlan, Config
-from scalellm.dist import World
+from scalellm.dist import CPU, World
 from scalellm.errors import ConfigError
 from scalellm.model import count_parameters
 
 # Parameter, gradient and AdamW's two moments.
 _TENSORS_PER_PARAMETER = 4
+# What a checkpoint holds: all of them but the gradient.
+_SAVED_PER_PARAMETER = 3
 
 
 def check_resources(config: Config, plan: BatchPlan, world: World) -> None:
     """Refuses a precision the device lacks, and a model or batch that cannot fit in its memory.
 
-    The need is a lower bound: parameters, gradients and moments of all ranks on this host, and the
-    logits of one micro-batch with their gradient. What passes may still be too much.
+    The need is a lower bound: parameters, gradients and moments of all ranks on this host, the
+    logits of one micro-batch with their gradient, and the copy that a background save writes from,
+    shared by all ranks. What passes may still be too much.
     """
     if config.train.precision == "fp16" and world.device.type == "cpu":
         raise ConfigError(
@@ -36,20 +39,45 @@ def check_resources(config: Config, plan: BatchPlan, world: World) -> None:
     ids_bytes = 2 * plan.micro_batch_size * plan.grad_accumulation * (config.model.seq_len + 1)
     ranks_here = world.local_world_size if world.device.type == "cpu" else 1
     needed_bytes = ranks_here * (state_bytes + batch_bytes + ids_bytes)
+    copy_bytes = _copy_bytes(config, world)
+    if world.device.type == "cpu":
+        needed_bytes += copy_bytes
+    else:
+        _check_copy(copy_bytes, _available_bytes(CPU))
     available_bytes = _available_bytes(world.device)
     if needed_bytes > available_bytes:
         raise ConfigError(
             f"{ranks_here} rank(s) here need at least {_gib(needed_bytes)} "
             f"({_gib(state_bytes)} a rank for the model and its optimizer, {_gib(batch_bytes)} for "
-            f"the logits of {rows} samples), but {_gib(available_bytes)} are available; lower the "
-            "model's size, train.micro_batch_size or model.seq_len"
+            f"the logits of {rows} samples, {_gib(copy_bytes)} together to save in the "
+            f"background), but {_gib(available_bytes)} are available; lower the model's size, "
+            "train.micro_batch_size or model.seq_len, or set checkpoint.asynchronous=false"
+        )
+
+
+def _copy_bytes(config: Config, world: World) -> int:
+    """Host memory of this host's share of the copy that a background save writes from."""
+    if not config.checkpoint.asynchronous:
+        return 0
+    return _checkpoint_bytes(config) * world.local_world_size // world.world_size
+
+
+def _checkpoint_bytes(config: Config) -> int:
+    element_bytes = 8 if config.train.precision == "fp64" else 4
+    return _SAVED_PER_PARAMETER * element_bytes * count_parameters(config.model)
+
+
+def _check_copy(copy_bytes: int, available_bytes: int) -> None:
+    if copy_bytes > available_bytes:
+        raise ConfigError(
+            f"saving in the background copies {_gib(copy_bytes)} to this host's memory, which has "
+            f"{_gib(available_bytes)} available; set checkpoint.asynchronous=false"
         )
 
 
 def check_disk(config: Config, path: Path) -> None:
     """Refuses before the first step if not even one checkpoint would fit."""
-    element_bytes = 8 if config.train.precision == "fp64" else 4
-    needed_bytes = 3 * element_bytes * count_parameters(config.model)
+    needed_bytes = _checkpoint_bytes(config)
     free_bytes = shutil.disk_usage(path).free
     if free_bytes < needed_bytes:
         raise ConfigError(

@@ -6,7 +6,6 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -31,7 +30,8 @@ class Run:
     stream: Iterator[tuple[data.Batch, data.Cursor]]
     micro_batch_size: int
     evaluate: Callable[[], Evaluation] | None
-    save: Callable[[Run], Any]
+    save: Callable[[Run], None]
+    finish_saving: Callable[[], None]
     writers: list[Writer]
     early_stopping: EarlyStopping
     guard: NonFiniteGuard
@@ -49,6 +49,7 @@ def train(run: Run, stop: StopSignal) -> str:
 
     Raises:
         DivergedError: too many steps in a row without finite gradients.
+        CheckpointError: a save failed; one in the background is heard of at the next one or here.
     """
     config = run.config.train
     ended = "done"
@@ -72,6 +73,7 @@ def train(run: Run, stop: StopSignal) -> str:
             _evaluate(run)
     if run.saved_step != run.step:
         _save(run)
+    run.finish_saving()
     return ended
 
 

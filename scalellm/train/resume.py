@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from scalellm import checkpoint, data
-from scalellm.dist import World, barrier, sum_over_ranks, together
+from scalellm.dist import World, barrier
 from scalellm.errors import CheckpointError, ConfigError, DataError
 from scalellm.train.folder import RunFolder, tokenizer_sha256
 from scalellm.train.loop import Run
@@ -20,33 +20,19 @@ def find_checkpoint(
     if world.is_main:
         checkpoint.clean_up(folder.checkpoints)
     barrier()
-    found = together(lambda: _open_checkpoint(folder, resume, world), world)
-    step = found.step if found is not None else -1
-    [steps] = sum_over_ranks([step], world.device)
-    if steps != step * world.world_size:
-        raise CheckpointError(
-            f"the ranks see different checkpoints in {folder.checkpoints}, this one sees step "
-            f"{step}; put run.dir on storage that all ranks share"
-        )
-    return found
-
-
-def _open_checkpoint(folder: RunFolder, resume: str, world: World) -> checkpoint.Checkpoint | None:
     if resume != "auto":
-        return checkpoint.open_checkpoint(Path(resume))
-    found, skipped = checkpoint.latest(folder.checkpoints)
-    for reason in skipped if world.is_main else ():
-        print(f"passed over: {reason}")
-    if found is None and skipped:
+        return checkpoint.open_together(Path(resume), world)
+    found, num_passed_over = checkpoint.latest_together(folder.checkpoints, world)
+    if found is None and num_passed_over:
         raise CheckpointError(
-            f"none of the {len(skipped)} checkpoints in {folder.checkpoints} can be read; "
+            f"none of the {num_passed_over} checkpoints in {folder.checkpoints} can be read; "
             "start anew in another run.dir"
         )
     return found
 
 
-def save_run(folder: RunFolder, run: Run) -> None:
-    """Writes a checkpoint of the run as it stands; all ranks call it."""
+def save_run(folder: RunFolder, saver: checkpoint.Saver, run: Run) -> None:
+    """Saves a checkpoint of the run as it stands; all ranks call it."""
     assert run.cursor is not None
     meta = {
         "tokens": run.tokens,
@@ -57,8 +43,7 @@ def save_run(folder: RunFolder, run: Run) -> None:
         "nonfinite_in_a_row": run.guard.in_a_row,
         "loss_scale": run.strategy.loss_scale.state(),
     }
-    keep = run.config.checkpoint.keep
-    checkpoint.save(folder.checkpoints, run.step, run.strategy.state(), meta, run.world, keep)
+    saver.save(run.step, run.strategy.state(), meta)
 
 
 def load_run_state(
@@ -78,6 +63,7 @@ def load_run_state(
             f"{run.config.train.steps}; raise train.steps to train on"
         )
     run.strategy.load_state(source)
+    source.close()
     meta = source.meta
     run.step = source.step
     if source.path.resolve().parent == folder.checkpoints.resolve():

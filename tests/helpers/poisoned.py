@@ -7,15 +7,13 @@ from typing import Any, cast
 from torch import Tensor
 
 from scalellm.batches import Batch
-from scalellm.strategies import Options, Strategy
-from scalellm.strategies.ddp import DDP
+from scalellm.strategies import Strategy
+from scalellm.strategies.ddp import DDP, DDPOptions
 
 
-class PoisonOptions(Options):
+class PoisonOptions(DDPOptions):
     steps: list[int]
     rank: int
-    bucket_mb: int = 25
-    find_unused_parameters: bool = False
 
 
 class Poisoned(DDP):

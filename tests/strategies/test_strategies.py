@@ -44,7 +44,7 @@ def one_step(strategy: Single) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 def test_the_words_are_the_files() -> None:
-    assert strategies.names() == ["ddp", "single"]
+    assert strategies.names() == ["accelerate", "ddp", "deepspeed", "fsdp", "single"]
     assert strategies.resolve("ddp").__name__ == "DDP"
 
 
@@ -64,12 +64,12 @@ def test_a_wrong_word(name: str, words: str) -> None:
 def test_options_are_checked_by_the_strategys_own_file() -> None:
     config = StrategyConfig.model_validate({"name": "ddp", "bucket_mb": 0})
     with pytest.raises(ConfigError, match=r"strategy\.bucket_mb=0 MiB is out of range"):
-        strategies.parse_options(config, strategies.resolve("ddp"), World())
+        strategies.parse_options(config, strategies.resolve("ddp"), World(), TrainConfig())
 
 
 def test_single_refuses_company() -> None:
     with pytest.raises(ConfigError, match=r"use strategy\.name=ddp or start one process"):
-        Single.check(Options(), World(world_size=2, launcher="torchrun"))
+        Single.check(Options(), World(world_size=2, launcher="torchrun"), TrainConfig())
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
@@ -135,7 +135,7 @@ def test_a_non_finite_gradient_changes_nothing() -> None:
     strategy.backward(strategy.forward(BATCH) * float("inf"), 64)
     assert strategy.step(1e-2).skipped
     assert all(torch.equal(piece.tensor, before[piece.name]) for piece in strategy.state())
-    assert not strategy.full_gradients()
+    assert not any(gradient.any() for gradient in strategy.full_gradients().values())
 
 
 def test_weight_decay_is_for_matrices_only() -> None:

@@ -115,7 +115,7 @@ def test_resume_passes_over_a_damaged_checkpoint(
     _train(tiny_values)
     whole = weights(Path(tiny_values["run"]["dir"]), 6)
     folder = Path(tiny_values["run"]["dir"]) / "checkpoints"
-    file = folder / "step-00000006" / "model-00000.safetensors"
+    file = folder / "step-00000006" / "model-00000-000.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)

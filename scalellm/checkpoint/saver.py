@@ -1,0 +1,97 @@
+"""Saving while the training goes on: a copy in memory, then a thread that writes it."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scalellm.checkpoint.write import save
+from scalellm.dist import World, side_group
+from scalellm.strategies import Piece
+
+CLOSE_TIMEOUT_S = 60.0
+
+
+class Saver:
+    """Writes the checkpoints of one run, at most one at a time.
+
+    All ranks make one together, call `save` at the same steps and `wait` at the end. A failure
+    reaches all of them: the threads agree over a group of their own, so `save` and `wait` raise
+    it on every rank or on none.
+    """
+
+    def __init__(self, root: Path, world: World, *, keep: int, asynchronous: bool) -> None:
+        self._root = root
+        self._world = world
+        self._keep = keep
+        self._asynchronous = asynchronous
+        self._group = side_group()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._abandoned = threading.Event()
+
+    def save(self, step: int, pieces: Iterable[Piece], meta: dict[str, Any]) -> None:
+        """Saves `root/step-XXXXXXXX` as things stand; they may change once this returns.
+
+        In the background at most the copy is waited for, besides a previous save in flight.
+
+        Raises:
+            CheckpointError: this save, or in the background the one before it, did not work.
+        """
+        self.wait()
+        if not self._asynchronous:
+            self._write(step, pieces, meta)
+            return
+        arguments = (step, deque(map(_copied, pieces)), copy.deepcopy(meta))
+        self._thread = threading.Thread(
+            target=self._run, args=arguments, name=f"save-{step}", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns once nothing is in flight. Raises CheckpointError if the last save failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """For every way out: gives a save in flight some time, then gives it up; never raises.
+
+        What is given up is removed by its thread, or by the next `clean_up` if that hangs.
+        """
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            self._abandoned.set()
+            self._thread = None
+
+    def _run(self, step: int, pieces: deque[Piece], meta: dict[str, Any]) -> None:
+        try:
+            self._write(step, self._drained(pieces), meta)
+        except BaseException as error:
+            self._error = error
+
+    def _write(self, step: int, pieces: Iterable[Piece], meta: dict[str, Any]) -> None:
+        save(self._root, step, pieces, meta, self._world, self._keep, self._group)
+
+    def _drained(self, pieces: deque[Piece]) -> Iterator[Piece]:
+        """Yields the pieces and forgets them, so that memory is free as soon as it is written."""
+        while pieces:
+            if self._abandoned.is_set():
+                raise InterruptedError("the run has ended before it was written")
+            yield pieces.popleft()
+
+
+def _copied(piece: Piece) -> Piece:
+    tensor = piece.tensor.detach()
+    tensor = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return replace(piece, tensor=tensor)

@@ -1,0 +1,78 @@
+"""Whether a checkpoint is what was written: its manifest, its sizes, its hashes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from scalellm.checkpoint.layout import (
+    FORMAT,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    READABLE_VERSIONS,
+    Manifest,
+    checksum,
+    sha256_of,
+)
+from scalellm.errors import CheckpointError
+
+FIX = "resume from another checkpoint of the run"
+
+
+def verify(path: Path, rank: int = 0, world_size: int = 1) -> Manifest:
+    """Checks a checkpoint, and returns its manifest.
+
+    Of `world_size` ranks each looks at all sizes and hashes its share of the files, so the
+    checkpoint is sound only if all of them say so.
+
+    Raises:
+        CheckpointError: damaged, incomplete or of another format.
+    """
+    manifest = _read_manifest(path)
+    for name, entry in manifest.files.items():
+        file = path / name
+        if file.is_symlink() or not file.is_file():
+            raise CheckpointError(f"{path}: its file {name!r} is missing; {FIX}")
+        size_bytes = file.stat().st_size
+        if size_bytes != entry.size_bytes:
+            raise CheckpointError(
+                f"{file} has {size_bytes:,} bytes, its manifest says {entry.size_bytes:,}; {FIX}"
+            )
+    for name in sorted(manifest.files)[rank::world_size]:
+        if sha256_of(path / name) != manifest.files[name].sha256:
+            raise CheckpointError(
+                f"{path / name} is damaged: its SHA-256 is not the manifest's; {FIX}"
+            )
+    return manifest
+
+
+def _read_manifest(path: Path) -> Manifest:
+    file = path / MANIFEST
+    if not file.is_file():
+        raise CheckpointError(f"{path} is incomplete: it has no {MANIFEST}; {FIX}")
+    if file.stat().st_size > MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"{file} is over {MAX_MANIFEST_BYTES:,} bytes; {FIX}")
+    try:
+        manifest = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{file} is damaged: it is not JSON; {FIX}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{file} is not a {FORMAT} manifest; {FIX}")
+    if manifest.get("version") not in READABLE_VERSIONS:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
+        raise CheckpointError(
+            f"{file} has version {manifest.get('version')}, this scalellm reads {readable}; "
+            "use the scalellm that wrote it"
+        )
+    try:
+        if manifest.get("checksum") != checksum(manifest):
+            raise ValueError("its checksum does not fit its content")
+        return Manifest.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
+        raise CheckpointError(f"{file} is damaged: {reason}; {FIX}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}; {FIX}") from None
