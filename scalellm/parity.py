@@ -9,16 +9,19 @@ not show it.
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from scalellm import checkpoint, strategies
+from scalellm import checkpoint, data, strategies
 from scalellm.batches import Batch
 from scalellm.config import BatchPlan, ModelConfig, StrategyConfig, TrainConfig
 from scalellm.dist import World, sum_over_ranks
@@ -100,7 +103,7 @@ class Curve:
 
 
 def tokens_of(step: int, task: Task) -> tuple[Tensor, Tensor]:
-    """Returns tokens and targets, (global batch, T), of one step: arithmetic that can be learned."""
+    """Returns tokens and targets, (global batch, T), of a step: arithmetic that can be learned."""
     vocab_size, seq_len = task.model.vocab_size or 0, task.model.seq_len
     generator = torch.Generator().manual_seed(step)
     start = torch.randint(0, vocab_size, (task.global_batch, 1), generator=generator)
@@ -162,9 +165,12 @@ def run_curve(
     *,
     load: Path | None = None,
     save: Path | None = None,
-    stop: int | None = None,
+    save_at: int | None = None,
 ) -> Curve:
-    """Trains the task, from a checkpoint at `load` if given, to step `stop`, saving to `save`."""
+    """Trains the task, from a checkpoint at `load` if given; saves one to `save` on the way.
+
+    `save_at` is the step of that checkpoint; None: half of the task's steps.
+    """
     strategy = build(task, name, options, world)
     try:
         first = 0
@@ -173,17 +179,60 @@ def run_curve(
             strategy.load_state(source)
             first = source.step
         curve = Curve()
-        last = task.steps if stop is None else stop
-        for loss, grad_norm, gradients in train_steps(strategy, task, world, range(first, last)):
+        save_at = task.steps // 2 if save_at is None else save_at
+        rows = train_steps(strategy, task, world, range(first, task.steps))
+        for step, (loss, grad_norm, gradients) in enumerate(rows, start=first + 1):
             curve.losses.append(loss)
             curve.grad_norms.append(grad_norm)
             curve.gradients = curve.gradients or gradients
-        if save is not None:
-            checkpoint.save(save, last, strategy.state(), {}, world, keep=1)
+            if save is not None and step == save_at:
+                checkpoint.save(save, step, strategy.state(), {}, world, keep=1)
         curve.memory = strategy.memory()
     finally:
         strategy.close()
     return curve
+
+
+def order_digest(world_size: int, batches: int = 40) -> str:
+    """Hash of the tokens of `batches` global batches, half read by `world_size` ranks, half by one.
+
+    The ranks' rows are put together again; the second half goes on from the first one's cursor, in
+    mid-epoch. Equal digests mean the same sample order.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = _counting_dataset(Path(folder) / "data", num_tokens=20_000)
+        digest = hashlib.sha256()
+        cursor = None
+        for size, count in ((world_size, batches // 2), (1, batches - batches // 2)):
+            dataset = data.TokenDataset.open(path)
+            streams = [
+                data.TokenStream(
+                    dataset, seq_len=32, global_batch_size=48, rank=rank, world_size=size,
+                    lanes=4, decode_threads=0, cursor=cursor,
+                )
+                for rank in range(size)
+            ]  # fmt: skip
+            for _ in range(count):
+                parts = [next(stream) for stream in streams]
+                for batch, _ in parts:
+                    digest.update(batch.tokens_BS.tobytes())
+                cursor = parts[0][1]
+            for stream in streams:
+                stream.close()
+    return digest.hexdigest()
+
+
+def _counting_dataset(path: Path, num_tokens: int) -> Path:
+    """Writes a dataset in which every token tells its place."""
+    writer = data.DatasetWriter(
+        path, vocab_size=num_tokens + 1, eos_id=0, tokenizer_file=None, tokenizer_kind="none",
+        frame_tokens=256, shard_tokens=2048,
+    )  # fmt: skip
+    with writer:
+        document = np.arange(1, num_tokens + 1)
+        document[-1] = 0
+        writer.add("train", document)
+        return writer.finish()
 
 
 def worst_difference(found: Curve, wanted: Curve) -> float:

@@ -16,7 +16,7 @@ from scalellm.config import StrategyConfig, TrainConfig
 from scalellm.config.explain import explain
 from scalellm.dist import World
 from scalellm.errors import ConfigError, did_you_mean
-from scalellm.strategies._state import Piece, StateSource
+from scalellm.strategies._state import Piece, StateSource, check_names
 from scalellm.strategies.base import Options, Sharding, StepResult, Strategy
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "StateSource",
     "StepResult",
     "Strategy",
+    "check_names",
     "names",
     "parse_options",
     "resolve",

@@ -148,5 +148,3 @@ def _spinner(what: str, *, shown: bool) -> Iterator[None]:
             start = "\r" if on_tty else ""
             seconds = time.monotonic() - started_s
             print(f"{start}{what}: done in {seconds:.0f} s", file=sys.stderr, flush=True)
-
-

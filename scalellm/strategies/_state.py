@@ -45,7 +45,7 @@ class Rectangle:
 
 
 def rectangles(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Rectangle]:
-    """Yields the rectangles that make up elements `start` to `stop` of a row-major tensor, in order.
+    """Yields, in order, the rectangles of elements `start` to `stop` of a row-major tensor.
 
     ZeRO cuts flattened tensors anywhere; the format knows rectangles only. A range of a matrix is
     at most three: the end of a row, whole rows, the beginning of a row.

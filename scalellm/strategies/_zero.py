@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as tdist
@@ -187,7 +187,7 @@ class ZeroState:
         if self.stage == 3:
             return [zero.grad_partitions_flat_buffer]
         if zero.cpu_offload:
-            return [flat.grad for flat in self.flats]
+            return [flat.grad for flat in self.flats if flat.grad is not None]
         return [part for parts in zero.averaged_gradients.values() for part in parts]
 
     def gradient_of(self, slot: Slot) -> Tensor:
@@ -196,7 +196,7 @@ class ZeroState:
             before = sum(int(n) for n in zero.fp16_partitioned_groups_flat_numel[: slot.index])
             return slot.of(zero.grad_partitions_flat_buffer[before:])
         if zero.cpu_offload:
-            return slot.of(self.flats[slot.index].grad)
+            return slot.of(cast(Tensor, self.flats[slot.index].grad))
         parts = zero.averaged_gradients[slot.index]
         return slot.of(torch.cat([part.flatten() for part in parts]))
 
@@ -216,7 +216,7 @@ class ZeroState:
         for parameter in module.parameters():
             held = [parameter.data]
             if self.stage == 3:
-                held.append(parameter.ds_tensor.data)
+                held.append(cast(Any, parameter).ds_tensor.data)
             for tensor in held:
                 storage = tensor.untyped_storage()
                 working[storage.data_ptr()] = storage.nbytes()

@@ -204,7 +204,7 @@ class Accelerate(Strategy):
 def _plugin(accelerate: Any, config: dict[str, Any]) -> Any:
     """Returns Accelerate's DeepSpeed plugin without its tie to the package transformers."""
 
-    class Plugin(accelerate.DeepSpeedPlugin):  # type: ignore[misc, name-defined]
+    class Plugin(accelerate.DeepSpeedPlugin):
         def set_deepspeed_weakref(self) -> None:
             """Would tell transformers how to load a pretrained model; this one is not its."""
 

@@ -6,13 +6,13 @@ Vogels et al. 2019, "PowerSGD" (the lossy compression of `compression: powersgd`
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+import torch.distributed as tdist
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -74,8 +74,9 @@ class DDP(Strategy):
 
     def micro_step(self, is_last: bool) -> AbstractContextManager[None]:
         # Alone in its world Accelerate leaves the module as it is.
-        communicates = isinstance(self.module, DistributedDataParallel)
-        return nullcontext() if is_last or not communicates else self.module.no_sync()
+        if isinstance(self.module, DistributedDataParallel) and not is_last:
+            return self.module.no_sync()
+        return nullcontext()
 
 
 def _compress(module: DistributedDataParallel, options: DDPOptions) -> None:
@@ -89,20 +90,15 @@ def _compress(module: DistributedDataParallel, options: DDPOptions) -> None:
     elif options.compression != "none":
         dtype = torch.bfloat16 if options.compression == "bf16" else torch.float16
         # torch's own bf16 hook refuses every backend but NCCL by name; the sum works on gloo too.
-        hook = functools.partial(default_hooks._compress_hook, dtype)
-        module.register_comm_hook(None, _annotated(hook))
+        module.register_comm_hook(None, _hook_to(dtype))
 
 
-def _annotated(hook: functools.partial) -> object:
-    """DDP checks the hook's annotations, which a partial does not show."""
+def _hook_to(dtype: torch.dtype) -> Callable[..., Any]:
+    """Returns a hook that averages in `dtype`; DDP reads its annotations, so they are set."""
 
-    def compress(
-        group: torch.distributed.ProcessGroup, bucket: torch.distributed.GradBucket
-    ) -> torch.futures.Future[torch.Tensor]:
-        return hook(group, bucket)
+    def compress(group: Any, bucket: Any) -> Any:
+        return default_hooks._compress_hook(dtype, group, bucket)
 
-    compress.__annotations__ = {
-        "bucket": torch.distributed.GradBucket,
-        "return": torch.futures.Future[torch.Tensor],
-    }
+    future = torch.futures.Future[Tensor]
+    compress.__annotations__ = {"bucket": tdist.GradBucket, "return": future}  # type: ignore[attr-defined]
     return compress

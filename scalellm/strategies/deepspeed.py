@@ -33,7 +33,6 @@ from scalellm.strategies.base import (
     is_meta,
 )
 
-
 Initialize = Callable[[nn.Module, torch.optim.Optimizer, dict[str, Any]], Any]
 
 
@@ -84,7 +83,8 @@ class DeepSpeed(Strategy):
         if options.offload_optimizer != "none" and options.cpu_adam == "deepspeed":
             optimizer = cpu_adam(optimizer, self.world)
         self.engine = self.initialize(self.model, optimizer, self.config)
-        self.module, self.optimizer = self.engine, self.engine.optimizer
+        self.module = self.engine
+        self.optimizer: Any = self.engine.optimizer
         self.zero: ZeroState | None = None
         if options.stage:
             names = {id(parameter): name for name, parameter in self.named_parameters()}
@@ -112,7 +112,7 @@ class DeepSpeed(Strategy):
         )
 
     def _partitioned(self, model: nn.Module, deepspeed: Any) -> nn.Module:
-        """Divides the parameters among the ranks one by one, so that no rank ever holds them all."""
+        """Divides the parameters among the ranks one by one: no rank ever holds them all."""
         dtype = torch.bfloat16 if self.train.precision == "bf16" else torch.float32
         values = cast(Any, model).initial_weights() if is_meta(model) else None
         for name, parameter in list(model.named_parameters()):
@@ -242,7 +242,7 @@ def _shaped(model: nn.Module) -> Iterator[None]:
         parameter.data = data
 
 
-def _shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+def _shape_of(parameter: Any) -> tuple[int, ...]:
     return tuple(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
 
 

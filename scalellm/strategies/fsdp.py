@@ -158,7 +158,8 @@ class FSDP(Strategy):
     def whole(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
             return tensor
-        return tensor.to(self.world.device).full_tensor()  # a collective needs its group's device
+        on_device = cast(DTensor, tensor.to(self.world.device))  # where its group communicates
+        return on_device.full_tensor()
 
     def writes(self, index: int) -> bool:
         return self._is_first_replica()

@@ -1,0 +1,153 @@
+"""The matrix of `bench parity` as numbers and as Markdown, the worst cell named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from scalellm.dist import World
+from scalellm.parity import TOLERANCE, VARIANTS, Curve, differences, order_digest
+from scalellm.train.folder import describe_environment
+
+PAIR_TOLERANCE = TOLERANCE["fp32"]
+
+
+def make_report(
+    settings: dict[str, Any],
+    folder: Path,
+    cells: dict[str, tuple[str, int]],
+    pairs: list[tuple[str, str]],
+    skipped: dict[str, str],
+) -> dict[str, Any]:
+    """Puts together what the ranks of all cells have left in `folder`."""
+
+    def read(name: str) -> dict[str, Any]:
+        return json.loads((folder / f"{name}.json").read_text())
+
+    wanted = {p: read(f"single@1-{p}") for p in ("fp32", "fp64")}
+    rows = [
+        _row(cell, label, world, read(f"{cell}-{p}"), wanted[p], p)
+        for cell, (label, world) in cells.items()
+        for p in [VARIANTS[label].precision]
+    ]
+    orders = {world: order_digest(world) for world in {world for _, world in cells.values()}}
+    for row in rows:
+        row["same_order"] = orders[row["world_size"]] == orders[1]
+    half = settings["steps"] // 2
+    tail = {key: wanted["fp32"][key][half:] for key in ("losses", "grad_norms")}
+    resumes = []
+    for saved, resumed in pairs:
+        found = read(f"{saved}--{resumed}")
+        own = read(f"{saved}-fp32")
+        entry = {"saved": saved, "resumed": resumed, "difference": _curve_difference(found, tail)}
+        if saved == resumed:
+            entry["bit_identical"] = all(found[key] == own[key][half:] for key in tail)
+        resumes.append(entry)
+    passed = all(row["passed"] and row["same_order"] for row in rows) and all(
+        entry["difference"] < PAIR_TOLERANCE and entry.get("bit_identical", True)
+        for entry in resumes
+    )
+    return {
+        "config": settings,
+        "environment": describe_environment(World()),
+        "cells": rows,
+        "resumes": resumes,
+        "skipped": skipped,
+        "passed": passed,
+    }
+
+
+def _curve_difference(found: dict[str, Any], wanted: dict[str, Any]) -> float:
+    curves = [Curve(side["losses"], side["grad_norms"]) for side in (found, wanted)]
+    return max(differences(*curves).values())
+
+
+def _row(
+    cell: str,
+    label: str,
+    world: int,
+    found: dict[str, Any],
+    wanted: dict[str, Any],
+    precision: str,
+) -> dict[str, Any]:
+    apart = differences(
+        Curve(found["losses"], found["grad_norms"]), Curve(wanted["losses"], wanted["grad_norms"])
+    )
+    apart["gradients"] = found["gradient_difference"]
+    return {
+        "cell": cell,
+        "variant": label,
+        "world_size": world,
+        "precision": precision,
+        "tolerance": TOLERANCE[precision],
+        **apart,
+        "memory": found["memory"],
+        "passed": max(apart.values()) < TOLERANCE[precision],
+    }
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    config, machine = report["config"], report["environment"]
+    versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
+    lines = [
+        f"{config['size']} model ({config['num_layers']} layers of {config['hidden_size']}), "
+        f"{config['steps']} steps, {machine['processor']}, {versions}",
+        "",
+        "| variant | ranks | precision | loss | grad norm | raw gradients | order | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["cells"]:
+        figures = " | ".join(f"{row[key]:.1e}" for key in ("loss", "grad_norm", "gradients"))
+        order = "same" if row["same_order"] else "DIFFERS"
+        verdict = f"< {row['tolerance']:.0e}" if row["passed"] else f"OVER {row['tolerance']:.0e}"
+        lines.append(
+            f"| {row['variant']} | {row['world_size']} | {row['precision']} | {figures} | {order} "
+            f"| {verdict} |"
+        )
+    worst = max(report["cells"], key=lambda row: _largest(row) / row["tolerance"])
+    lines += [
+        "",
+        f"worst cell: {worst['cell']}, {_largest(worst):.1e} of {worst['tolerance']:.0e} allowed",
+        *_resume_lines(report["resumes"]),
+        *(f"skipped {cell}: {reason}" for cell, reason in report["skipped"].items()),
+    ]
+    return "\n".join(lines)
+
+
+def _largest(row: dict[str, Any]) -> float:
+    return max(row["loss"], row["grad_norm"], row["gradients"])
+
+
+def _resume_lines(resumes: list[dict[str, Any]]) -> list[str]:
+    if not resumes:
+        return []
+    own = [entry for entry in resumes if "bit_identical" in entry]
+    others = [entry for entry in resumes if entry not in own] or own
+    saved = list(dict.fromkeys(entry["saved"] for entry in others))
+    resumed = list(dict.fromkeys(entry["resumed"] for entry in others))
+    found = {(entry["saved"], entry["resumed"]): entry for entry in resumes}
+    lines = ["", "| saved in, resumed in | " + " | ".join(resumed) + " |"]
+    lines.append("|---" * (len(resumed) + 1) + "|")
+    for a in saved:
+        words = [_pair_word(found.get((a, b))) for b in resumed]
+        lines.append(f"| {a} | " + " | ".join(words) + " |")
+    worst = max(resumes, key=lambda entry: entry["difference"])
+    changed = [entry["saved"] for entry in own if not entry["bit_identical"]]
+    return [
+        *lines,
+        "",
+        f"worst pair: saved in {worst['saved']}, resumed in {worst['resumed']}: "
+        f"{worst['difference']:.1e} of {PAIR_TOLERANCE:.0e} allowed",
+        f"resumed in its own cell: {len(own) - len(changed)} of {len(own)} bit-identical"
+        + (f", not {', '.join(changed)}" if changed else ""),
+    ]
+
+
+def _pair_word(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return ""
+    if "bit_identical" in entry:
+        return "same bits" if entry["bit_identical"] else f"OTHER BITS {entry['difference']:.0e}"
+    over = "" if entry["difference"] < PAIR_TOLERANCE else "OVER "
+    return f"{over}{entry['difference']:.0e}"
