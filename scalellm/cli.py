@@ -13,6 +13,7 @@ import io
 import os
 import runpy
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -81,8 +82,14 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 def _complain(error: Exception) -> None:
     """Says it once: all ranks meet the same mistake, rank 0 speaks for them."""
     if not getattr(error, "rank_only", False) and not _is_main_rank():
+        if not _launcher().startswith("--nproc"):
+            # Other launchers end all ranks as soon as one has left, rank 0 before it could speak.
+            time.sleep(_MAIN_SPEAKS_WITHIN_S)
         return
     print(f"scalellm: {error}", file=sys.stderr, flush=True)
+
+
+_MAIN_SPEAKS_WITHIN_S = 10.0
 
 
 def _is_main_rank() -> bool:
@@ -92,6 +99,12 @@ def _is_main_rank() -> bool:
         return detect().is_main
     except UserError:
         return True
+
+
+def _launcher() -> str:
+    from scalellm.dist import detect
+
+    return detect().launcher
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -170,8 +183,8 @@ def _train(argv: Sequence[str]) -> int:
             end="",
         )
         return EXIT_DONE
-    launched = detect().launcher != "python"
-    if options.nproc is not None and not launched:
+    started = detect()
+    if options.nproc is not None and started.launcher in ("python", "sbatch"):
         from scalellm.clusters.local import MAX_RANKS, launch
         from scalellm.train import check_config
 
@@ -182,8 +195,15 @@ def _train(argv: Sequence[str]) -> int:
         resume = ["--resume", options.resume] if options.resume else []
         return launch(["train", "--config", options.config, *resume, *words], options.nproc)
 
+    if options.nproc not in (None, started.world_size):
+        raise UserError(
+            f"--nproc {options.nproc} would start ranks, but {started.launcher} has started "
+            f"{started.world_size} already; leave --nproc out"
+        )
     from scalellm.train import run_training
+    from scalellm.train.launchers import check_launcher
 
+    check_launcher(config, started)  # before the ranks wait for each other
     outcome = run_training(config, options.resume)
     if outcome.is_main:
         _close(outcome.run_dir, outcome.reason, outcome.step)

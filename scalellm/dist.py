@@ -59,7 +59,7 @@ class World:
 
 def detect() -> World:
     """Reads the launcher's environment. Raises ConfigError if it contradicts itself."""
-    has_rank = _NAMES.rank in os.environ
+    has_rank = bool(os.environ.get(_NAMES.rank))
     launcher = launched.name(has_rank=has_rank)
     names = _NAMES if has_rank else launched.WITHOUT_RANK.get(launcher, _NAMES)
     world_size = read_int(names.world_size, 1)
@@ -73,15 +73,14 @@ def detect() -> World:
             f"{names.rank}={rank} is outside {names.world_size}={world_size}: {_START_THE_RANKS}"
         )
     local_world_size = launched.local_world_size(names) or world_size
+    asks = launched.accelerate_asks(has_rank=has_rank) if launcher == "accelerate" else {}
     return World(
         rank=rank,
         local_rank=read_int(names.local_rank, rank % local_world_size),
         world_size=world_size,
         local_world_size=local_world_size,
         launcher=launcher,
-        launcher_asks=launched.accelerate_asks(has_rank=has_rank)
-        if launcher == "accelerate"
-        else {},
+        launcher_asks=asks,
     )
 
 
@@ -134,8 +133,6 @@ def ranks(
     """
     world = detect()
     world = replace(world, device=_pick_device(device, world.local_rank))
-    if world.launcher in launched.WITHOUT_RANK:
-        _tell_libraries(world)
     torch.set_num_threads(threads or threads_per_rank(world))
     # A cluster or a test may have made the group already; then it is theirs to destroy.
     is_ours = (process_group or world.world_size > 1) and not tdist.is_initialized()
@@ -177,6 +174,8 @@ def _init_process_group(world: World) -> None:
             "elsewhere start the ranks with torchrun"
         )
     else:
+        if world.launcher in launched.WITHOUT_RANK:
+            _tell_libraries(world)
         tdist.init_process_group(backend, timeout=TIMEOUT)
 
 

@@ -63,6 +63,26 @@ CELLS = [
     ("fsdp", {"cpu_offload": True}, 2, 2),
     ("fsdp", {"shard_ranks": 2}, 4, 1),
     ("fsdp", {"shard_ranks": 1}, 2, 4),
+    ("helpers.mypkg.mystrategy", {}, 2, 2),  # a user's own module
+]
+# DeepSpeed and Accelerate train in fp32; their engines are slow to build, so only some cells.
+ENGINE_CELLS = [
+    ("deepspeed", {"stage": 0}, 2, 2),
+    ("deepspeed", {"stage": 1}, 2, 2),
+    ("deepspeed", {"stage": 2}, 1, 4),
+    ("deepspeed", {"stage": 2}, 2, 2),
+    ("deepspeed", {"stage": 2, "offload_optimizer": "cpu", "cpu_adam": "torch"}, 2, 2),
+    ("deepspeed", {"stage": 3, "persistent_elements": 0}, 2, 2),
+    ("deepspeed", {"stage": 3}, 2, 4),
+    (
+        "deepspeed",
+        {"stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu", "cpu_adam": "torch"},
+        2,
+        2,
+    ),
+    ("accelerate", {}, 1, 4),
+    ("accelerate", {}, 2, 2),
+    ("accelerate", {"backend": "deepspeed", "stage": 2}, 2, 2),
 ]
 
 
@@ -79,6 +99,18 @@ def test_strategy_matches_one_process(
     curves = ranks(curve_of, world_size, name, options, micro_batch, precision)
     for curve in curves:  # every rank logs the same and holds the same gradients
         assert worst_difference(curve, reference(precision)) < TOLERANCE[precision]
+
+
+@pytest.mark.parametrize(("name", "options", "world_size", "micro_batch"), ENGINE_CELLS)
+def test_engine_matches_one_process(
+    ranks: Callable[..., list[Curve]],
+    name: str,
+    options: dict[str, Any],
+    world_size: int,
+    micro_batch: int,
+) -> None:
+    for curve in ranks(curve_of, world_size, name, options, micro_batch, "fp32"):
+        assert worst_difference(curve, reference("fp32")) < TOLERANCE["fp32"]
 
 
 def test_the_comparison_would_see_a_wrong_factor() -> None:

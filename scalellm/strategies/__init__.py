@@ -7,7 +7,9 @@ user's own. The file defines one subclass of `Strategy`, and its `Options` if it
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
+import sys
 from types import ModuleType
 
 from pydantic import ValidationError
@@ -51,6 +53,8 @@ def resolve(name: str) -> type[Strategy]:
             "or the dotted path of a module of your own"
         )
     path = name if is_own else f"{__name__}.{name}"
+    if is_own and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # an installed command does not look where it is called from
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:

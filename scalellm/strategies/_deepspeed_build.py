@@ -1,4 +1,4 @@
-"""Importing DeepSpeed quietly, and compiling its CPU optimizer once, said aloud."""
+"""Importing DeepSpeed quietly, and compiling its kernels once, said aloud."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ import torch
 from scalellm.dist import World, together
 from scalellm.errors import ConfigError
 
-STALE_LOCK_S = 600
-_OP = "cpu_adam"
 
+def import_deepspeed(world: World, *, join: bool = True) -> Any:
+    """Returns the package, told which device to use, with its talk turned down to warnings.
 
-def import_deepspeed(world: World) -> Any:
-    """Returns the package, told which device to use, with its talk turned down to warnings."""
+    `join`: let it find the process group, which is there already.
+    """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if world.device.type == "cuda" else "cpu")
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -38,18 +39,32 @@ def import_deepspeed(world: World) -> Any:
     if world.device.type == "cpu":
         compatible = ops.__dict__.setdefault("__compatible_ops__", {})
         compatible["deepspeed_shm_comm"] = False
-    # The process group is ours; DeepSpeed only has to find it.
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_init_required=False)
+    if join:
+        deepspeed.init_distributed(
+            auto_mpi_discovery=False, verbose=False, dist_init_required=False
+        )
     return deepspeed
 
 
-def cpu_adam(optimizer: torch.optim.Optimizer, world: World) -> torch.optim.Optimizer:
-    """Returns DeepSpeedCPUAdam with the groups and settings of an AdamW.
+@dataclass(frozen=True)
+class Op:
+    """A kernel of DeepSpeed that is compiled on its first use on a machine."""
 
-    Its kernel is compiled on the first use on a machine; one rank does it, the others wait.
-    """
-    is_builder = world.local_rank == 0
-    together(lambda: _build(is_builder, world), world)
+    name: str
+    builder: str
+    called: str
+    instead: str
+
+
+CPU_ADAM = Op("cpu_adam", "CPUAdamBuilder", "DeepSpeedCPUAdam", "strategy.cpu_adam=torch")
+ASYNC_IO = Op(
+    "async_io", "AsyncIOBuilder", "DeepSpeed's file access", "strategy.offload_optimizer=cpu"
+)
+
+
+def cpu_adam(optimizer: torch.optim.Optimizer, world: World) -> torch.optim.Optimizer:
+    """Returns DeepSpeedCPUAdam with the groups and settings of an AdamW."""
+    prepare(CPU_ADAM, world)
     adam = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
     groups = [
         {"params": group["params"], "weight_decay": group["weight_decay"]}
@@ -62,62 +77,62 @@ def cpu_adam(optimizer: torch.optim.Optimizer, world: World) -> torch.optim.Opti
     return made
 
 
-def _build(is_builder: bool, world: World) -> None:
-    if not is_builder:
-        return
-    folder = _extension_folder()
+def prepare(op: Op, world: World) -> None:
+    """Compiles and loads a kernel; one rank of a machine compiles, the others wait.
+
+    Raises:
+        ConfigError: on all ranks, if one cannot.
+    """
+    for turn in (True, False):
+        mine = (world.local_rank == 0) == turn
+        together(lambda mine=mine: _load(op, world) if mine else None, world)  # type: ignore[misc]
+
+
+def _load(op: Op, world: World) -> None:
+    builder = getattr(importlib.import_module("deepspeed.ops.op_builder"), op.builder)()
+    if not builder.is_compatible(verbose=False):
+        libaio = "the library libaio with its headers (package libaio-dev or libaio-devel)"
+        needs = libaio if op is ASYNC_IO else "what this machine lacks"
+        raise ConfigError(f"{op.called} needs {needs}; install it, or use {op.instead}")
+    folder = _extension_folder(op)
     folder.mkdir(parents=True, exist_ok=True)
-    _check_tools(folder)
-    builder = importlib.import_module("deepspeed.ops.op_builder").CPUAdamBuilder()
-    with (folder.parent / f"{_OP}.scalellm-lock").open("w") as lock:
+    is_cached = any(folder.glob("*.so"))
+    with (folder.parent / f"{op.name}.scalellm-lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another run on this machine may be compiling too
-        _check_lock(folder / "lock")
-        is_cached = any(folder.glob("*.so"))
+        if not is_cached:
+            _check_compiler(op)
+        _check_lock(folder / "lock", op)
         try:
-            if is_cached:
+            with _spinner(f"compiling {op.called}, once on this machine", shown=not is_cached):
                 builder.load(verbose=False)
-            else:
-                _with_spinner("compiling DeepSpeedCPUAdam, once on this machine", builder, world)
         except (RuntimeError, OSError, ImportError) as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            first = (str(error).strip() or repr(error)).splitlines()[0]
             raise ConfigError(
-                f"DeepSpeedCPUAdam could not be compiled ({first[:200]}); install a C++ compiler "
-                "that fits this torch, or use strategy.cpu_adam=torch"
+                f"{op.called} could not be compiled ({first[:200]}); install a C++ compiler that "
+                f"fits this torch, or use {op.instead}"
             ) from None
 
 
-def _extension_folder() -> Path:
+def _extension_folder(op: Op) -> Path:
     cpp_extension = importlib.import_module("torch.utils.cpp_extension")
-    return Path(cpp_extension._get_build_directory(_OP, verbose=False))
+    return Path(cpp_extension._get_build_directory(op.name, verbose=False))
 
 
-def _check_tools(folder: Path) -> None:
-    if any(folder.glob("*.so")):
-        return
-    compiler = os.environ.get("CXX", "c++")
-    if not (shutil.which(compiler) or shutil.which("g++")):
+def _check_compiler(op: Op) -> None:
+    if not (shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")):
         raise ConfigError(
-            "DeepSpeedCPUAdam needs a C++ compiler, and there is neither c++ nor g++ on PATH; "
-            "install one (package g++ or build-essential), or use strategy.cpu_adam=torch"
+            f"{op.called} needs a C++ compiler, and there is neither c++ nor g++ on PATH; install "
+            f"one (package g++ or build-essential), or use {op.instead}"
         )
 
 
-def _check_lock(lock: Path) -> None:
-    """torch waits for ever for the lock of a build that was killed."""
-    try:
-        age_s = time.time() - lock.stat().st_mtime
-    except OSError:
-        return
-    if age_s > STALE_LOCK_S:
+def _check_lock(lock: Path, op: Op) -> None:
+    """torch waits for ever for the lock of a build that was killed; ours excludes a living one."""
+    if lock.exists():
         raise ConfigError(
-            f"a build of DeepSpeedCPUAdam left its lock {lock} {age_s:,.0f} s ago and would be "
-            "waited for endlessly; delete that file if nothing is compiling"
+            f"a build of {op.called} was ended half-way and left its lock {lock}, for which torch "
+            "would wait endlessly; delete that file"
         )
-
-
-def _with_spinner(what: str, builder: Any, world: World) -> None:
-    with _spinner(what, shown=world.is_main):
-        builder.load(verbose=False)
 
 
 @contextmanager
@@ -134,7 +149,7 @@ def _spinner(what: str, *, shown: bool) -> Iterator[None]:
             print(f"\r{sign} {what}: {seconds:.0f} s", end="", file=sys.stderr, flush=True)
 
     if shown and not on_tty:
-        print(f"{what} (about a minute) ...", file=sys.stderr, flush=True)
+        print(f"{what} (one to a few minutes) ...", file=sys.stderr, flush=True)
     thread = threading.Thread(target=turn, daemon=True)
     if shown and on_tty:
         thread.start()

@@ -160,7 +160,7 @@ class Strategy:
 
     def step(self, learning_rate: float) -> StepResult:
         """Clips by the global norm, updates unless a gradient is not finite, zeroes gradients."""
-        self._fill_missing_gradients()
+        self.fill_missing_gradients()
         grad_norm = self.grad_norm() / self.loss_scale.value
         skipped = not math.isfinite(grad_norm)
         if not skipped:
@@ -189,7 +189,7 @@ class Strategy:
         gradients = [p.grad for _, p in self.named_parameters() if p.grad is not None]
         return [self.part_of(gradient)[0] for gradient in gradients]
 
-    def _fill_missing_gradients(self) -> None:
+    def fill_missing_gradients(self) -> None:
         """A parameter that had no part in the loss has a gradient of zero, in every strategy.
 
         Backends disagree (torch's optimizers skip a missing gradient, ZeRO's flat buffers hold
@@ -214,7 +214,7 @@ class Strategy:
         fp32 (fp64 in fp64 runs), on the CPU; zeros for parameters that had no part in the loss,
         nothing for frozen ones. All ranks call it and get the same.
         """
-        self._fill_missing_gradients()
+        self.fill_missing_gradients()
         return {
             name: self.whole(cast(Tensor, p.grad).detach() / self.loss_scale.value).cpu()
             for name, p in self.named_parameters()

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from scalellm.config import BatchPlan, TrainConfig
 from scalellm.dist import World, sum_over_ranks
-from scalellm.errors import ConfigError
-from scalellm.strategies._deepspeed_build import cpu_adam, import_deepspeed
+from scalellm.strategies._deepspeed_build import ASYNC_IO, cpu_adam, import_deepspeed, prepare
 from scalellm.strategies._deepspeed_config import DeepSpeedOptions, check, make_config, sharding
 from scalellm.strategies._state import Piece, StateSource, check_names, flat_pieces, read_flat
 from scalellm.strategies._transforms import apply_transforms
@@ -67,12 +66,8 @@ class DeepSpeed(Strategy):
         deepspeed = import_deepspeed(self.world)
         plan = self.plan()
         self.config = make_config(options, self.train, plan)
-        if options.offload_optimizer == "nvme" and not _has_async_io(deepspeed):
-            raise ConfigError(
-                "strategy.offload_optimizer=nvme needs the library libaio with its headers "
-                "(package libaio-dev or libaio-devel), which this machine lacks; install it or use "
-                "strategy.offload_optimizer=cpu"
-            )
+        if options.offload_optimizer == "nvme":
+            prepare(ASYNC_IO, self.world)
         self._initial = torch.get_rng_state() if is_meta(model) else None
         self.model = self._partitioned(model, deepspeed) if options.stage == 3 else model
         if options.stage < 3:
@@ -252,7 +247,3 @@ def _own_part(parameter: Any) -> tuple[Tensor, int, int]:
     start = part.numel() * tdist.get_rank(parameter.ds_process_group)
     stop = max(start, min(start + part.numel(), parameter.ds_numel))
     return part[: stop - start], start, stop
-
-
-def _has_async_io(deepspeed: Any) -> bool:
-    return bool(deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible(verbose=False))

@@ -43,8 +43,8 @@ def check_launcher(config: Config, world: World) -> None:
     if asks.get("precision", config.train.precision) != config.train.precision:
         raise ConfigError(
             f"`accelerate launch` asks for --mixed_precision {asks['precision']}, but "
-            f"train.precision={config.train.precision}; the config's counts: set it, and start with "
-            "--mixed_precision no or the same"
+            f"train.precision={config.train.precision}; set both alike, or start "
+            "it with --mixed_precision no"
         )
 
 

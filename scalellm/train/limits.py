@@ -12,17 +12,16 @@ from scalellm.config import BatchPlan, Config
 from scalellm.dist import CPU, World
 from scalellm.errors import ConfigError
 from scalellm.model import count_parameters
+from scalellm.strategies import Sharding
 
-# Parameter, gradient and AdamW's two moments.
-_TENSORS_PER_PARAMETER = 4
-# What a checkpoint holds: all of them but the gradient.
+# What a checkpoint holds: parameter and AdamW's two moments.
 _SAVED_PER_PARAMETER = 3
 
 
-def check_resources(config: Config, plan: BatchPlan, world: World) -> None:
+def check_resources(config: Config, plan: BatchPlan, world: World, sharding: Sharding) -> None:
     """Refuses a precision the device lacks, and a model or batch that cannot fit in its memory.
 
-    The need is a lower bound: parameters, gradients and moments of all ranks on this host, the
+    The need is a lower bound: what each rank of this host holds of the model and its optimizer, the
     logits of one micro-batch with their gradient, and the copy that a background save writes from,
     shared by all ranks. What passes may still be too much.
     """
@@ -34,7 +33,8 @@ def check_resources(config: Config, plan: BatchPlan, world: World) -> None:
     element_bytes = 8 if config.train.precision == "fp64" else 4
     rows = max(plan.micro_batch_size, config.eval.batch_size or 0)
     positions = rows * config.model.seq_len
-    state_bytes = _TENSORS_PER_PARAMETER * element_bytes * count_parameters(config.model)
+    parts = 1 / sharding.parameters + 1 / sharding.gradients + 2 / sharding.optimizer
+    state_bytes = int(parts * element_bytes * count_parameters(config.model))
     batch_bytes = 2 * positions * (config.model.vocab_size or 0) * element_bytes
     ids_bytes = 2 * plan.micro_batch_size * plan.grad_accumulation * (config.model.seq_len + 1)
     ranks_here = world.local_world_size if world.device.type == "cpu" else 1

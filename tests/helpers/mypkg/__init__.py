@@ -1,0 +1,1 @@
+"""A package of a user's own, with a strategy in it."""

@@ -1,0 +1,130 @@
+"""FSDP2: what is refused, what each rank holds, and transforms under it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from scalellm import strategies
+from scalellm.config import ModelConfig, StrategyConfig, TrainConfig
+from scalellm.dist import World, detect
+from scalellm.errors import ConfigError
+from scalellm.model import Decoder, count_parameters
+from scalellm.parity import Curve, Task, build, run_curve, train_steps, worst_difference
+
+MODEL = ModelConfig(
+    num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2, vocab_size=257, seq_len=16
+)
+
+
+def parsed(world_size: int, precision: str = "fp32", **options: Any) -> strategies.Options:
+    config = StrategyConfig.model_validate({"name": "fsdp", **options})
+    train = TrainConfig.model_validate({"precision": precision})
+    world = World(world_size=world_size)
+    return strategies.parse_options(config, strategies.resolve("fsdp"), world, train)
+
+
+def test_a_mesh_that_does_not_fit() -> None:
+    with pytest.raises(
+        ConfigError, match=r"strategy\.shard_ranks=4 ranks does not divide the 6 .*"
+    ):
+        parsed(6, shard_ranks=4)
+    with pytest.raises(ConfigError, match="use 1 or 2 or 3 or 6"):
+        parsed(6, shard_ranks=4)
+    with pytest.raises(ConfigError, match=r"strategy\.shard_ranks=0 ranks is out of range"):
+        parsed(6, shard_ranks=0)
+
+
+def test_lower_precision_in_an_fp64_run() -> None:
+    with pytest.raises(ConfigError, match=r"lower the precision, which train\.precision=fp64"):
+        parsed(2, "fp64", param_dtype="bf16")
+
+
+def held(options: dict[str, Any]) -> tuple[dict[str, int], int]:
+    """Memory after a step, and the elements of the largest parameter shard."""
+    world = detect()
+    task = Task(MODEL, 1, "fp32")
+    strategy = build(task, "fsdp", options, world)
+    list(train_steps(strategy, task, world, range(1)))
+    shards = [strategy.part_of(p.detach())[0] for _, p in strategy.named_parameters()]
+    return strategy.memory(), sum(shard.untyped_storage().nbytes() for shard in shards)
+
+
+@pytest.mark.parametrize(("options", "parts"), [({}, 4), ({"shard_ranks": 2}, 2)])
+def test_each_rank_holds_its_part_of_sixteen_bytes_a_parameter(
+    ranks: Callable[..., list[Any]], options: dict[str, Any], parts: int
+) -> None:
+    theory_bytes = 16 * count_parameters(MODEL) / parts
+    for memory, storage_bytes in ranks(held, 4, options):
+        assert sum(memory.values()) == pytest.approx(theory_bytes, rel=0.1)
+        # Storage, padding included: a view of a whole tensor would hold all of it.
+        assert storage_bytes == pytest.approx(theory_bytes / 4, rel=0.1)
+
+
+def transformed_curve(name: str, transform: str) -> Curve:
+    original = nn.Module.compile
+    # Inductor takes a minute to warm up; what is tested is the order of the wrappers.
+    nn.Module.compile = lambda self: original(self, backend="aot_eager")  # type: ignore
+    keys = {"compile": True} if transform == "compile" else {"activation_checkpointing": transform}
+
+    class Transformed(Task):
+        def train_config(self) -> TrainConfig:
+            return super().train_config().model_copy(update=keys)
+
+    try:
+        task = Transformed(MODEL, 3, "fp64", micro_batch=2)
+        return run_curve(task, name, {}, detect())
+    finally:
+        nn.Module.compile = original  # type: ignore
+
+
+@pytest.mark.parametrize("transform", ["full", "selective", "compile"])
+def test_transforms_change_nothing(ranks: Callable[..., list[Curve]], transform: str) -> None:
+    wanted = run_curve(Task(MODEL, 3, "fp64"), "single", {}, World())
+    for curve in ranks(transformed_curve, 2, "fsdp", transform):
+        assert worst_difference(curve, wanted) < 1e-11
+
+
+def bf16_losses(options: dict[str, Any], precision: str) -> list[float]:
+    world = detect()
+    task = Task(MODEL, 6, precision, micro_batch=4)
+    strategy = build(task, "fsdp", options, world)
+    losses = [loss for loss, _, _ in train_steps(strategy, task, world, range(6))]
+    assert all(p.dtype == torch.float32 for _, p in strategy.named_parameters())
+    return losses
+
+
+def test_bf16_parameters_on_the_wire_train_alike(ranks: Callable[..., list[Any]]) -> None:
+    [exact, _] = ranks(bf16_losses, 2, {}, "fp32")
+    [found, _] = ranks(bf16_losses, 2, {"param_dtype": "bf16", "reduce_dtype": "fp32"}, "bf16")
+    assert found == pytest.approx(exact, rel=2e-2)
+    assert found != exact
+
+
+def test_more_ranks_than_rows(ranks: Callable[..., list[Any]]) -> None:
+    """A parameter with fewer rows than ranks leaves some of them with nothing of it."""
+    assert ranks(elements_of_narrow, 4) == [3, 3, 0, 0]
+
+
+class Narrow(Decoder):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.narrow = nn.Parameter(torch.ones(2, 3))
+
+    def forward(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        return super().forward(*arguments, **keywords) + self.narrow.square().sum()
+
+
+def elements_of_narrow() -> int:
+    world = detect()
+    task = Task(MODEL, 1, "fp32", micro_batch=2)
+    with torch.device("meta"):
+        model = Narrow(MODEL)
+    strategy = build(task, "fsdp", {}, world, model)
+    list(train_steps(strategy, task, world, range(1)))
+    pieces = [piece for piece in strategy.state() if piece.name.endswith("narrow.exp_avg")]
+    return sum(piece.tensor.numel() for piece in pieces)
