@@ -132,9 +132,12 @@ def build(
 
 
 def train_steps(
-    strategy: strategies.Strategy, task: Task, world: World, steps: range
+    strategy: strategies.Strategy, task: Task, world: World, steps: range, *, gradients: bool = True
 ) -> Iterator[tuple[float, float, dict[str, Tensor]]]:
-    """Yields (loss, gradient norm, raw gradients of the first of the steps) of each step."""
+    """Yields (loss, gradient norm, raw gradients of the first of the steps) of each step.
+
+    `gradients` False leaves the raw ones out: gathering them costs the memory of the whole model.
+    """
     plan = BatchPlan.of(task.global_batch, task.micro_batch, world.world_size)
     for step in steps:
         tokens, targets = (tensor.to(world.device) for tensor in tokens_of(step, task))
@@ -145,9 +148,9 @@ def train_steps(
                 loss = strategy.forward(Batch(tokens[rows], targets[rows]))
                 strategy.backward(loss, num_tokens)
             loss_sum += float(loss.detach())
-        gradients = strategy.full_gradients() if step == steps.start else {}
+        raw = strategy.full_gradients() if gradients and step == steps.start else {}
         grad_norm = strategy.step(task.learning_rate).grad_norm
-        yield sum_over_ranks([loss_sum], world.device)[0] / num_tokens, grad_norm, gradients
+        yield sum_over_ranks([loss_sum], world.device)[0] / num_tokens, grad_norm, raw
 
 
 def _rows(plan: BatchPlan, rank: int) -> Iterator[tuple[slice, bool]]:

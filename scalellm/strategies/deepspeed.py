@@ -17,7 +17,7 @@ import torch.distributed as tdist
 from torch import Tensor, nn
 
 from scalellm.config import BatchPlan, TrainConfig
-from scalellm.dist import World, sum_over_ranks
+from scalellm.dist import World, local_rank_shown, sum_over_ranks
 from scalellm.strategies._deepspeed_build import ASYNC_IO, cpu_adam, import_deepspeed, prepare
 from scalellm.strategies._deepspeed_config import DeepSpeedOptions, check, make_config, sharding
 from scalellm.strategies._state import Piece, StateSource, check_names, flat_pieces, read_flat
@@ -91,7 +91,8 @@ class DeepSpeed(Strategy):
     ) -> Any:
         deepspeed = importlib.import_module("deepspeed")
         arguments = {"model": model, "optimizer": optimizer, "config": config}
-        return deepspeed.initialize(**arguments, dist_init_required=False)[0]
+        with local_rank_shown(self.world):
+            return deepspeed.initialize(**arguments, dist_init_required=False)[0]
 
     def _set_masters(self) -> None:
         """Starts fp32 master weights from the initial values, not from those rounded to bf16."""
