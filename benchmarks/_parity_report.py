@@ -52,6 +52,7 @@ def make_report(
         "config": settings,
         "environment": describe_environment(World()),
         "cells": rows,
+        "rounding": _apart(read("rounding"), wanted["fp32"]),
         "resumes": resumes,
         "skipped": skipped,
         "passed": passed,
@@ -71,10 +72,7 @@ def _row(
     wanted: dict[str, Any],
     precision: str,
 ) -> dict[str, Any]:
-    apart = differences(
-        Curve(found["losses"], found["grad_norms"]), Curve(wanted["losses"], wanted["grad_norms"])
-    )
-    apart["gradients"] = found["gradient_difference"]
+    apart = _apart(found, wanted)
     return {
         "cell": cell,
         "variant": label,
@@ -85,6 +83,13 @@ def _row(
         "memory": found["memory"],
         "passed": max(apart.values()) < TOLERANCE[precision],
     }
+
+
+def _apart(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, float]:
+    apart = differences(
+        Curve(found["losses"], found["grad_norms"]), Curve(wanted["losses"], wanted["grad_norms"])
+    )
+    return {**apart, "gradients": found["gradient_difference"]}
 
 
 def to_markdown(report: dict[str, Any]) -> str:
@@ -109,6 +114,7 @@ def to_markdown(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"worst cell: {worst['cell']}, {_largest(worst):.1e} of {worst['tolerance']:.0e} allowed",
+        f"fp32 rounding alone (`single`, one row a micro-batch): {_largest(report['rounding']):.1e}",
         *_resume_lines(report["resumes"]),
         *(f"skipped {cell}: {reason}" for cell, reason in report["skipped"].items()),
     ]
@@ -120,22 +126,15 @@ def _largest(row: dict[str, Any]) -> float:
 
 
 def _resume_lines(resumes: list[dict[str, Any]]) -> list[str]:
+    """A table of the pairs of different cells, and what became of each cell's own checkpoint."""
     if not resumes:
         return []
     own = [entry for entry in resumes if "bit_identical" in entry]
-    others = [entry for entry in resumes if entry not in own] or own
-    saved = list(dict.fromkeys(entry["saved"] for entry in others))
-    resumed = list(dict.fromkeys(entry["resumed"] for entry in others))
-    found = {(entry["saved"], entry["resumed"]): entry for entry in resumes}
-    lines = ["", "| saved in, resumed in | " + " | ".join(resumed) + " |"]
-    lines.append("|---" * (len(resumed) + 1) + "|")
-    for a in saved:
-        words = [_pair_word(found.get((a, b))) for b in resumed]
-        lines.append(f"| {a} | " + " | ".join(words) + " |")
+    pairs = [entry for entry in resumes if "bit_identical" not in entry]
     worst = max(resumes, key=lambda entry: entry["difference"])
     changed = [entry["saved"] for entry in own if not entry["bit_identical"]]
     return [
-        *lines,
+        *_pair_table(pairs),
         "",
         f"worst pair: saved in {worst['saved']}, resumed in {worst['resumed']}: "
         f"{worst['difference']:.1e} of {PAIR_TOLERANCE:.0e} allowed",
@@ -144,10 +143,21 @@ def _resume_lines(resumes: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _pair_word(entry: dict[str, Any] | None) -> str:
-    if entry is None:
-        return ""
-    if "bit_identical" in entry:
-        return "same bits" if entry["bit_identical"] else f"OTHER BITS {entry['difference']:.0e}"
-    over = "" if entry["difference"] < PAIR_TOLERANCE else "OVER "
-    return f"{over}{entry['difference']:.0e}"
+def _pair_table(pairs: list[dict[str, Any]]) -> list[str]:
+    if not pairs:
+        return []
+    saved = list(dict.fromkeys(entry["saved"] for entry in pairs))
+    variants = list(dict.fromkeys(entry["resumed"].partition("@")[0] for entry in pairs))
+    found: dict[tuple[str, str], list[str]] = {}
+    for entry in pairs:
+        variant, _, world = entry["resumed"].partition("@")
+        over = "" if entry["difference"] < PAIR_TOLERANCE else "OVER "
+        found.setdefault((entry["saved"], variant), []).append(
+            f"{over}{entry['difference']:.0e} @{world}"
+        )
+    lines = ["", "| saved in, resumed in | " + " | ".join(variants) + " |"]
+    lines.append("|---" * (len(variants) + 1) + "|")
+    for a in saved:
+        words = [", ".join(found.get((a, b), [])) for b in variants]
+        lines.append(f"| {a} | " + " | ".join(words) + " |")
+    return lines

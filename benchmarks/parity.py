@@ -21,7 +21,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def _labels(text: str) -> list[str]:
 
 def _task(args: argparse.Namespace, precision: str) -> Task:
     model = ModelConfig.model_validate({**SIZES[args.size], "num_kv_heads": 2})
-    rate = {"tiny": 1e-2, "1m": 3e-3, "12m": 1e-3}[args.size]
+    rate = {"tiny": 1e-2, "1m": 1e-3, "12m": 3e-4}[args.size]
     return Task(model, args.steps, precision, learning_rate=rate, grad_clip=0.5)
 
 
@@ -219,6 +219,10 @@ def _run_cell(args: argparse.Namespace, folder: Path, cell: str, label: str, wor
             save_file(curve.gradients, folder / f"gradients-{precision}.safetensors")
         if world.is_main:
             _write(folder / "runs" / f"{cell}-{precision}.json", _plain(curve, folder, precision))
+    if label == "single":  # what rounding alone does: the same batches in other micro-batches
+        with _quiet(world):
+            curve = run_curve(replace(_task(args, "fp32"), micro_batch=1), label, {}, world)
+        _write(folder / "runs" / "rounding.json", _plain(curve, folder, "fp32"))
 
 
 def _resume_cell(

@@ -190,6 +190,18 @@ def side_group() -> Group:
     return tdist.new_group(backend="gloo", timeout=SIDE_TIMEOUT)
 
 
+@contextmanager
+def local_rank_shown(world: World) -> Iterator[None]:
+    """Puts LOCAL_RANK into the environment for a backend that reads it, if no launcher did."""
+    is_ours = "LOCAL_RANK" not in os.environ
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    try:
+        yield
+    finally:
+        if is_ours:
+            del os.environ["LOCAL_RANK"]
+
+
 def barrier(group: Group = None) -> None:
     """Waits for all ranks; nothing to wait for without a process group."""
     if tdist.is_initialized():

@@ -118,8 +118,12 @@ class ZeroState:
             yield Piece(f"optim.{slot.name}.step", step, (), ())
 
     @torch.no_grad()
-    def load(self, source: StateSource, *, counts_in_ints: bool, steps_on_device: bool) -> None:
-        """Fills this rank's slots and hands the new weights to the working parameters."""
+    def load(self, source: StateSource, *, counts_in_ints: bool, steps_on_device: bool) -> int:
+        """Fills this rank's slots, hands the new weights to the working parameters.
+
+        Returns the number of steps the optimizer has taken.
+        """
+        steps = 0
         for index in range(len(self.flats)):
             slots = [slot for slot in self.slots if slot.index == index]
             with self._in_memory(index, changed=True) as (flat, state):
@@ -135,9 +139,11 @@ class ZeroState:
                     step = source.read(f"optim.{slot.name}.step", (), ())
                     on_device = step.to(flat.device) if steps_on_device else step
                     state["step"] = int(step) if counts_in_ints else on_device
+                    steps = max(steps, int(step))
                 if self.stage == 3:
                     self.zero._reassign_or_swap_out_partitioned_parameters(index)
         self.refresh()
+        return steps
 
     @torch.no_grad()
     def fill(self, values: Iterable[tuple[str, Tensor]]) -> None:

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from scalellm.config import BatchPlan, TrainConfig
 from scalellm.dist import World, local_rank_shown, sum_over_ranks
-from scalellm.strategies._deepspeed_build import ASYNC_IO, cpu_adam, import_deepspeed, prepare
+from scalellm.strategies._deepspeed_build import (
+    ASYNC_IO,
+    cpu_adam,
+    import_deepspeed,
+    prepare,
+    replay_steps,
+)
 from scalellm.strategies._deepspeed_config import DeepSpeedOptions, check, make_config, sharding
 from scalellm.strategies._state import Piece, StateSource, check_names, flat_pieces, read_flat
 from scalellm.strategies._transforms import apply_transforms
@@ -196,11 +202,14 @@ class DeepSpeed(Strategy):
             return
         check_names({name: _shape_of(p) for name, p in self.named_parameters()}, source)
         inner = self.optimizer.optimizer
-        self.zero.load(
+        is_cpu_adam = type(inner).__name__ == "DeepSpeedCPUAdam"
+        steps = self.zero.load(
             source,
-            counts_in_ints=type(inner).__name__ == "DeepSpeedCPUAdam",
+            counts_in_ints=is_cpu_adam,
             steps_on_device=bool(inner.param_groups[0].get("fused")),
         )
+        if is_cpu_adam:
+            replay_steps(inner, steps)
         with torch.no_grad():
             for name, parameter in self._frozen():
                 if is_partitioned(parameter):

@@ -1,0 +1,131 @@
+"""One run, passed from strategy to strategy and from world size to world size, stays one run."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from scalellm.checkpoint import open_checkpoint
+from scalellm.config import parse_config
+from scalellm.errors import CheckpointError, UserError
+from scalellm.metrics import read_rows
+from scalellm.train import run_training
+
+Values = dict[str, Any]
+SHARDED = {
+    "fsdp": {"name": "fsdp"},
+    "deepspeed": {"name": "deepspeed", "stage": 3, "persistent_elements": 0},
+}
+
+
+def train_to(values: Values, strategy: Values, steps: int, resume: str | None = None) -> int:
+    values = copy.deepcopy(values)
+    values["strategy"] = strategy
+    values["train"]["steps"] = steps
+    return run_training(parse_config(values), resume).step
+
+
+def losses(run_dir: str) -> list[float]:
+    rows = read_rows(Path(run_dir) / "metrics.jsonl")
+    return [row["loss"] for row in rows if row["kind"] == "train"]
+
+
+def test_a_run_goes_through_all_strategies(
+    ranks: Callable[..., list[Any]], tiny_values: Values, tmp_path: Path
+) -> None:
+    tiny_values["train"] |= {"schedule": "constant", "learning_rate": 3e-3, "log_every_steps": 1}
+    whole = copy.deepcopy(tiny_values)
+    whole["run"]["dir"] = str(tmp_path / "whole")
+    train_to(whole, {"name": "single"}, 10)
+
+    ranks(train_to, 2, tiny_values, SHARDED["fsdp"], 2)
+    ranks(train_to, 4, tiny_values, SHARDED["deepspeed"], 4, "auto")
+    train_to(tiny_values, {"name": "single"}, 6, "auto")
+    ranks(train_to, 2, tiny_values, {"name": "deepspeed", "stage": 2}, 8, "auto")
+    ranks(train_to, 2, tiny_values, {"name": "accelerate"}, 10, "auto")
+    found, wanted = losses(tiny_values["run"]["dir"]), losses(whole["run"]["dir"])
+    assert len(found) == len(wanted) == 10
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def refused(values: Values, strategy: Values, resume: str) -> str:
+    try:
+        train_to(values, strategy, 8, resume)
+    except UserError as error:
+        return str(error)
+    return "trained"
+
+
+@pytest.mark.parametrize("word", SHARDED)
+def test_a_checkpoint_of_another_architecture(
+    ranks: Callable[..., list[Any]], tiny_values: Values, tmp_path: Path, word: str
+) -> None:
+    ranks(train_to, 2, tiny_values, SHARDED[word], 2)
+    other = copy.deepcopy(tiny_values)
+    other["model"]["hidden_size"] = 48
+    other["run"]["dir"] = str(tmp_path / "other")
+    for sentence in ranks(refused, 2, other, SHARDED[word], tiny_values["run"]["dir"]):
+        assert "is of another architecture; use the config in its run folder" in sentence
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "missing shard"])
+def test_a_damaged_shard_falls_back_to_the_one_before(
+    ranks: Callable[..., list[Any]],
+    tiny_values: Values,
+    capfd: pytest.CaptureFixture[str],
+    damage: str,
+) -> None:
+    tiny_values["checkpoint"] = {"every_steps": 2, "keep": 3}
+    ranks(train_to, 2, tiny_values, SHARDED["fsdp"], 4)
+    newest = Path(tiny_values["run"]["dir"]) / "checkpoints" / "step-00000004"
+    shard = sorted(newest.glob("model-00001-*.safetensors"))[0]
+    if damage == "missing shard":
+        shard.unlink()
+    else:
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 4
+        shard.write_bytes(content)
+    with pytest.raises(CheckpointError, match=shard.name):
+        open_checkpoint(newest)
+    for sentence in ranks(refused, 2, tiny_values, SHARDED["deepspeed"], str(newest)):
+        assert sentence != "trained"
+    capfd.readouterr()
+    assert ranks(train_to, 2, tiny_values, SHARDED["deepspeed"], 6, "auto") == [6, 6]
+    shown = capfd.readouterr().out
+    assert shown.count("passed over: ") == 1
+    assert shard.name in shown
+    assert "resumed from" in shown
+    assert "step-00000002" in shown
+
+
+def test_a_strategy_of_the_users_own_from_the_command_line(
+    tiny_values: Values, tmp_path: Path
+) -> None:
+    """Found by its file's name in the folder the command is called from."""
+    source = Path(__file__).parents[1] / "helpers" / "mypkg"
+    shutil.copytree(source, tmp_path / "mypkg", ignore=shutil.ignore_patterns("__pycache__"))
+    lines = (tmp_path / "mypkg" / "mystrategy.py").read_text().splitlines()
+    assert len(lines) < 30
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_values))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    script = Path(sys.executable).parent / "scalellm"
+    process = subprocess.run(
+        [script, "train", "config.yaml", "--nproc", "2", "strategy.name=mypkg.mystrategy"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert "mypkg.mystrategy: 2 ranks" in process.stdout
+    assert process.stderr.count("Traceback") == 0
