@@ -53,6 +53,7 @@ def run(command: str, folder: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a page starts a dozen processes, one after the other
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
 def test_commands_run(path: Path, sandbox: Path) -> None:
     for command in commands(path):
