@@ -53,8 +53,9 @@ lint: $(VENV)/.ready-dev  ## formatting, lint, types
 format: $(VENV)/.ready-dev  ## format in place
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-bench: $(VENV)/.ready-dev  ## the data loader against zstd and memmap
-	@$(BIN)/python benchmarks/data.py
+bench: $(VENV)/.ready-dev  ## the matrix of strategies: parity, then memory
+	@$(BIN)/scalellm bench parity
+	@$(BIN)/scalellm bench memory
 
 clean:  ## remove the environment and caches, keep data/ and runs/
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -114,7 +114,8 @@ def to_markdown(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"worst cell: {worst['cell']}, {_largest(worst):.1e} of {worst['tolerance']:.0e} allowed",
-        f"fp32 rounding alone (`single`, one row a micro-batch): {_largest(report['rounding']):.1e}",
+        "fp32 rounding alone (`single`, one row a micro-batch): "
+        f"{_largest(report['rounding']):.1e}",
         *_resume_lines(report["resumes"]),
         *(f"skipped {cell}: {reason}" for cell, reason in report["skipped"].items()),
     ]

@@ -201,9 +201,7 @@ def _train(argv: Sequence[str]) -> int:
             f"{started.world_size} already; leave --nproc out"
         )
     from scalellm.train import run_training
-    from scalellm.train.launchers import check_launcher
 
-    check_launcher(config, started)  # before the ranks wait for each other
     outcome = run_training(config, options.resume)
     if outcome.is_main:
         _close(outcome.run_dir, outcome.reason, outcome.step)

@@ -16,5 +16,6 @@ class Single(Strategy):
         if world.world_size > 1:
             raise ConfigError(
                 f"strategy.name=single trains in one process, but {world.launcher} started "
-                f"{world.world_size}; use strategy.name=ddp or start one process"
+                f"{world.world_size}; use strategy.name=ddp or start one process, as "
+                "`python launch/train.py` does"
             )

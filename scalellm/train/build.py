@@ -12,13 +12,14 @@ import torch
 
 from scalellm import checkpoint, data, strategies
 from scalellm.config import BatchPlan, Config
-from scalellm.dist import World, ranks, together
+from scalellm.dist import World, detect, ranks, together
 from scalellm.errors import ConfigError
 from scalellm.evaluate import Evaluation, evaluate
 from scalellm.metrics import Progress, check_writers, open_writers
 from scalellm.model import Decoder, count_parameters, cpu_multiplies_bf16
 from scalellm.train.folder import RunFolder
 from scalellm.train.guards import EarlyStopping, NonFiniteGuard, StopSignal
+from scalellm.train.launchers import check_launcher
 from scalellm.train.limits import check_disk, check_resources
 from scalellm.train.loop import Run, train
 from scalellm.train.optimizer import make_adamw
@@ -53,6 +54,7 @@ def run_training(config: Config, resume: str | None = None) -> Outcome:
         DivergedError: the gradients stayed non-finite.
     """
     strategy_class = strategies.resolve(config.strategy.name)
+    check_launcher(config, detect())  # before the ranks wait for each other
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         world = stack.enter_context(
