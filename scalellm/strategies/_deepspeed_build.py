@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as tdist
 
 from scalellm.dist import World, together
 from scalellm.errors import ConfigError
@@ -40,10 +41,18 @@ def import_deepspeed(world: World, *, join: bool = True) -> Any:
         compatible = ops.__dict__.setdefault("__compatible_ops__", {})
         compatible["deepspeed_shm_comm"] = False
     if join:
-        deepspeed.init_distributed(
-            auto_mpi_discovery=False, verbose=False, dist_init_required=False
-        )
+        _join(deepspeed)
     return deepspeed
+
+
+def _join(deepspeed: Any) -> None:
+    """Lets DeepSpeed find the process group; of an earlier one, since destroyed, it holds on."""
+    comm = importlib.import_module("deepspeed.comm.comm")
+    groups = importlib.import_module("deepspeed.utils.groups")
+    if getattr(comm, "joined_by_scalellm", None) is not tdist.group.WORLD:
+        comm.cdb = groups._WORLD_GROUP = None
+    comm.joined_by_scalellm = tdist.group.WORLD
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_init_required=False)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -65,9 +65,11 @@ class DeepSpeed(Strategy):
         super().__init__(world, train, options)
         # Who makes the engine; Accelerate puts itself in between.
         self.initialize: Initialize = self._initialize
+        self.until_closed = ExitStack()
 
     def setup(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         options = cast(DeepSpeedOptions, self.options)
+        self.until_closed.enter_context(local_rank_shown(self.world))
         self.gradient_scale = float(self.world.world_size)  # the engine averages over ranks
         deepspeed = import_deepspeed(self.world)
         plan = self.plan()
@@ -97,8 +99,7 @@ class DeepSpeed(Strategy):
     ) -> Any:
         deepspeed = importlib.import_module("deepspeed")
         arguments = {"model": model, "optimizer": optimizer, "config": config}
-        with local_rank_shown(self.world):
-            return deepspeed.initialize(**arguments, dist_init_required=False)[0]
+        return deepspeed.initialize(**arguments, dist_init_required=False)[0]
 
     def _set_masters(self) -> None:
         """Starts fp32 master weights from the initial values, not from those rounded to bf16."""
@@ -227,6 +228,7 @@ class DeepSpeed(Strategy):
     def close(self) -> None:
         if hasattr(self, "engine"):
             self.engine.destroy()
+        self.until_closed.close()
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:

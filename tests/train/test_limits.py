@@ -11,9 +11,11 @@ from scalellm.config import BatchPlan, Config, parse_config
 from scalellm.dist import World
 from scalellm.errors import ConfigError
 from scalellm.model import count_parameters
+from scalellm.strategies import Sharding
 from scalellm.train import limits
 
 PLAN = BatchPlan(micro_batch_size=1, grad_accumulation=1, world_size=1)
+WHOLE = Sharding()
 
 
 def config_of(**changes: Any) -> Config:
@@ -21,14 +23,16 @@ def config_of(**changes: Any) -> Config:
     return parse_config({"model": model, **changes})
 
 
-def smallest_that_passes(config: Config, world: World, patch: pytest.MonkeyPatch) -> int:
+def smallest_that_passes(
+    config: Config, world: World, patch: pytest.MonkeyPatch, sharding: Sharding = WHOLE
+) -> int:
     """Bytes of memory below which the config is refused."""
     low, high = 0, 1 << 40
     while low < high:
         middle = (low + high) // 2
         patch.setattr(limits, "_available_bytes", lambda device, size=middle: size)
         try:
-            limits.check_resources(config, PLAN, world)
+            limits.check_resources(config, PLAN, world, sharding)
             high = middle
         except ConfigError:
             low = middle + 1
@@ -64,7 +68,18 @@ def test_on_a_gpu_the_copy_lies_in_the_hosts_memory(monkeypatch: pytest.MonkeyPa
     free = {"cuda": 1 << 40, "cpu": host_bytes}
     monkeypatch.setattr(limits, "_available_bytes", lambda device: free[device.type])
     with pytest.raises(ConfigError, match=r"copies .* set checkpoint.asynchronous=false"):
-        limits.check_resources(config_of(), PLAN, world)
-    limits.check_resources(config_of(checkpoint={"asynchronous": False}), PLAN, world)
+        limits.check_resources(config_of(), PLAN, world, WHOLE)
+    limits.check_resources(config_of(checkpoint={"asynchronous": False}), PLAN, world, WHOLE)
     free["cpu"] += 1
-    limits.check_resources(config_of(), PLAN, world)
+    limits.check_resources(config_of(), PLAN, world, WHOLE)
+
+
+def test_what_ranks_divide_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights 4 bytes, gradients 4, moments 8; here everything is divided by two but gradients."""
+    config = config_of(checkpoint={"asynchronous": False})
+    world = World(world_size=2, local_world_size=1)
+    halved = Sharding(parameters=2, gradients=1, optimizer=2)
+    whole_bytes, part_bytes = (
+        smallest_that_passes(config, world, monkeypatch, sharding) for sharding in (WHOLE, halved)
+    )
+    assert whole_bytes - part_bytes == 6 * count_parameters(config.model)

@@ -57,6 +57,20 @@ def test_a_run_goes_through_all_strategies(
     assert found == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    [SHARDED["deepspeed"], {"name": "accelerate", "backend": "deepspeed", "stage": 3}],
+    ids=["deepspeed", "accelerate"],
+)
+def test_alone_under_plain_python(
+    tiny_values: Values, monkeypatch: pytest.MonkeyPatch, strategy: Values
+) -> None:
+    """DeepSpeed reads LOCAL_RANK, which only launchers set."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert train_to(tiny_values, strategy, 2) == 2
+    assert "LOCAL_RANK" not in os.environ
+
+
 def refused(values: Values, strategy: Values, resume: str) -> str:
     try:
         train_to(values, strategy, 8, resume)
