@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import yaml
 
-from scalellm.cli import COMMANDS, main
+from scalellm.cli import main
+from scalellm.commands import COMMANDS
 
 Values = dict[str, Any]
 

@@ -23,6 +23,7 @@ LAYERS = [
     {"train"},
     {"inference", "reference", "parity", "export"},
     {"clusters"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]

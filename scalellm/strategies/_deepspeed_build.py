@@ -47,8 +47,8 @@ def import_deepspeed(world: World, *, join: bool = True) -> Any:
 
 def _join(deepspeed: Any) -> None:
     """Lets DeepSpeed find the process group; of an earlier one, since destroyed, it holds on."""
-    comm = importlib.import_module("deepspeed.comm.comm")
-    groups = importlib.import_module("deepspeed.utils.groups")
+    comm: Any = importlib.import_module("deepspeed.comm.comm")
+    groups: Any = importlib.import_module("deepspeed.utils.groups")
     if getattr(comm, "joined_by_scalellm", None) is not tdist.group.WORLD:
         comm.cdb = groups._WORLD_GROUP = None
     comm.joined_by_scalellm = tdist.group.WORLD

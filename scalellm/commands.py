@@ -1,0 +1,276 @@
+"""What each `scalellm` command takes and calls; imports inside, so that it answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from scalellm.errors import EXIT_DONE, EXIT_STOPPED_BY_SIGNAL, UserError, did_you_mean
+
+Command = Callable[[Sequence[str]], int]
+
+
+class Parser(argparse.ArgumentParser):
+    """No prefix matching (launchers append options of their own); errors as one sentence."""
+
+    def __init__(self, command: str, description: str, epilog: str | None = None) -> None:
+        super().__init__(
+            prog=f"scalellm {command}",
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def _train(argv: Sequence[str]) -> int:
+    wants_help = any(word in ("-h", "--help") for word in argv)
+    parser = Parser(
+        "train",
+        "Train a decoder as a config says.",
+        importlib.import_module("scalellm.reference").help_text() if wants_help else None,
+    )
+    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | key.sub=value")
+    parser.add_argument("--config", help="the config file, if not the first word")
+    parser.add_argument("--nproc", type=int, help="start so many ranks on this machine")
+    parser.add_argument("--resume", metavar="auto|DIR", help="go on from a checkpoint")
+    parser.add_argument(
+        "--print-deepspeed-config",
+        action="store_true",
+        help="print the JSON that DeepSpeed would be given, and train nothing",
+    )
+    # The deepspeed launcher appends this; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    options = parser.parse_intermixed_args(argv)
+    if options.resume == "":
+        raise UserError("--resume takes auto or the path of a checkpoint or run folder")
+    words: list[str] = options.words
+    if options.config is None:
+        if not words or "=" in words[0]:
+            raise UserError("train needs a config: scalellm train configs/char-tiny.yaml")
+        options.config = words.pop(0)
+
+    from scalellm.config import load_config
+    from scalellm.dist import World, detect
+
+    config = load_config(options.config, words)
+    if options.print_deepspeed_config:
+        from scalellm.reference import backend_json
+
+        started = detect()
+        print(
+            backend_json(config, replace(started, world_size=options.nproc or started.world_size)),
+            end="",
+        )
+        return EXIT_DONE
+    started = detect()
+    if options.nproc is not None and started.launcher in ("python", "sbatch"):
+        from scalellm.clusters.local import MAX_RANKS, launch
+        from scalellm.train import check_config
+
+        if not 1 <= options.nproc <= MAX_RANKS:
+            raise UserError(f"--nproc={options.nproc} ranks is not between 1 and {MAX_RANKS}")
+        world = World(world_size=options.nproc, launcher=f"--nproc {options.nproc}")
+        check_config(config, world)  # before processes start that would all say the same
+        resume = ["--resume", options.resume] if options.resume else []
+        return launch(["train", "--config", options.config, *resume, *words], options.nproc)
+
+    if options.nproc not in (None, started.world_size):
+        raise UserError(
+            f"--nproc {options.nproc} would start ranks, but {started.launcher} has started "
+            f"{started.world_size} already; leave --nproc out"
+        )
+    from scalellm.train import run_training
+
+    outcome = run_training(config, options.resume)
+    if outcome.is_main:
+        _close(outcome.run_dir, outcome.reason, outcome.step)
+        if config.eval.sample_prompt is not None and not outcome.stopped_by_signal:
+            _show_sample(outcome.run_dir, config.eval.sample_prompt, config.eval.sample_tokens)
+    return EXIT_STOPPED_BY_SIGNAL if outcome.stopped_by_signal else EXIT_DONE
+
+
+def _close(run_dir: Path, reason: str, step: int) -> None:
+    from scalellm.report import draw_loss
+
+    picture = draw_loss(run_dir)
+    if reason not in ("done", "early stop"):
+        print(f"stopped by {reason} at step {step}, saved; go on with --resume auto")
+        return
+    print(f"{reason} at step {step}: {run_dir}" + (f", loss curve {picture}" if picture else ""))
+
+
+def _show_sample(run_dir: Path, prompt: str, num_tokens: int) -> None:
+    from scalellm.generate import Sampling
+
+    text = _generate_text(run_dir, prompt, Sampling(max_new_tokens=num_tokens, seed=0))
+    (run_dir / "sample.txt").write_text(text + "\n", encoding="utf-8")
+
+
+def _generate_text(run_dir: Path, prompt: str, sampling: object) -> str:
+    """Streams a continuation to the terminal and returns it with its prompt."""
+    from scalellm.generate import stream_text
+    from scalellm.inference import load_run
+
+    model, tokenizer = load_run(run_dir)
+    print(f"\n{prompt}", end="", flush=True)
+    parts = [prompt]
+    for part in stream_text(model, tokenizer, prompt, sampling):  # type: ignore[arg-type]
+        print(part, end="", flush=True)
+        parts.append(part)
+    print()
+    return "".join(parts)
+
+
+def _generate(argv: Sequence[str]) -> int:
+    parser = Parser("generate", "Continue a text with a trained model, streaming.")
+    parser.add_argument("prompt", nargs="?", default="", help="text to continue")
+    parser.add_argument("--run", type=Path, required=True, help="run folder or checkpoint")
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest")
+    parser.add_argument("--top-k", type=int, help="only the k likeliest tokens")
+    parser.add_argument("--top-p", type=float, help="only the likeliest tokens up to this mass")
+    parser.add_argument("--no-repeat-ngram", type=int, default=0, metavar="N")
+    parser.add_argument("--seed", type=int, help="the same seed, the same text")
+    options = parser.parse_intermixed_args(argv)
+    if any("\ud800" <= letter <= "\udfff" for letter in options.prompt):
+        raise UserError("the prompt is not valid UTF-8: check the encoding of your terminal")
+    from scalellm.generate import Sampling
+
+    sampling = Sampling(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        no_repeat_ngram=options.no_repeat_ngram,
+        seed=options.seed,
+    )
+    _generate_text(options.run, options.prompt, sampling)
+    return EXIT_DONE
+
+
+def _eval(argv: Sequence[str]) -> int:
+    parser = Parser("eval", "Loss and perplexity of a run on a dataset.")
+    parser.add_argument("run", type=Path, help="run folder or checkpoint")
+    parser.add_argument("--data", type=Path, help="dataset folder; default: the run's own")
+    parser.add_argument(
+        "--split",
+        help="train or validation; default: validation of the run's own dataset, "
+        "everything of another one",
+    )
+    parser.add_argument("--batch-size", type=int, default=16, help="samples per forward")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    options = parser.parse_intermixed_args(argv)
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size={options.batch_size} samples must be 1 or more")
+    if options.json and not options.json.resolve().parent.is_dir():
+        raise UserError(f"--json={options.json}: there is no folder {options.json.parent}")
+    from scalellm.inference import evaluate_run
+
+    report = evaluate_run(options.run, options.data, options.split, options.batch_size)
+    print(report)
+    if options.json:
+        options.json.write_text(report.to_json() + "\n", encoding="utf-8")
+    return EXIT_DONE
+
+
+def _prepare(argv: Sequence[str]) -> int:
+    parser = Parser("prepare", "Turn text into a dataset of token shards.")
+    parser.add_argument(
+        "--source",
+        nargs="+",
+        default=["stdlib"],
+        metavar="SOURCE",
+        help="stdlib, files, folders, or hf:NAME (default: stdlib)",
+    )
+    parser.add_argument("--validation-source", nargs="+", default=[], metavar="SOURCE")
+    parser.add_argument("--out", type=Path, required=True, help="dataset folder to write")
+    parser.add_argument(
+        "--tokenizer",
+        default="bpe",
+        help="bpe, unigram or char, trained here; or a .model or tokenizer.json file",
+    )
+    parser.add_argument("--vocab-size", type=int, default=8192, help="tokens, when trained here")
+    parser.add_argument("--val-fraction", type=float, default=0.01, help="of the documents")
+    parser.add_argument("--min-chars", type=int, default=1, help="shorter documents are left out")
+    parser.add_argument("--encoding", default="auto", help="auto, or the encoding of all files")
+    parser.add_argument("--text-field", default="text", help="of .jsonl, .parquet and hf: sources")
+    parser.add_argument("--limit-mb", type=float, help="use about so many MB of the source")
+    parser.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
+    parser.add_argument("--overwrite", action="store_true", help="replace the dataset at --out")
+    options = parser.parse_args(argv)
+    if options.limit_mb is not None and not 0 < options.limit_mb < 1e12:
+        raise UserError(f"--limit-mb={options.limit_mb} MB must be a number above 0")
+    from scalellm.data.prepare import PrepareOptions, prepare
+
+    report = prepare(
+        PrepareOptions(
+            sources=tuple(options.source),
+            validation_sources=tuple(options.validation_source),
+            out=options.out,
+            tokenizer=options.tokenizer,
+            vocab_size=options.vocab_size,
+            val_fraction=options.val_fraction,
+            min_chars=options.min_chars,
+            encoding=options.encoding,
+            text_field=options.text_field,
+            num_workers=options.workers,
+            overwrite=options.overwrite,
+            limit_bytes=None if options.limit_mb is None else int(options.limit_mb * 1e6),
+        )
+    )
+    print(report)
+    return EXIT_DONE
+
+
+def _export(argv: Sequence[str]) -> int:
+    parser = Parser("export", "Write a run's weights as plain safetensors, for other tools.")
+    parser.add_argument("run", type=Path, help="run folder or checkpoint")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights")
+    options = parser.parse_intermixed_args(argv)
+    from scalellm.export import export_run
+
+    print(export_run(options.run, options.out, options.dtype))
+    return EXIT_DONE
+
+
+def _bench(argv: Sequence[str]) -> int:
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    known = sorted(path.stem for path in folder.glob("[!_]*.py"))
+    if not known:
+        raise UserError("the benchmarks are part of the source checkout: run them from there")
+    if not argv or argv[0] not in known:
+        near = did_you_mean(argv[0], known) if argv else ""
+        asked = f"unknown benchmark {argv[0]!r}{near}" if argv else "bench needs a name"
+        raise UserError(f"{asked}; benchmarks: {', '.join(known)}")
+    sys.path.insert(0, str(folder))  # benchmarks share modules named _*.py
+    module = runpy.run_path(str(folder / f"{argv[0]}.py"))
+    return int(module["main"](list(argv[1:])) or 0)
+
+
+def _schema(argv: Sequence[str]) -> int:
+    Parser("schema", "Print the JSON schema of config files.").parse_args(argv)
+    from scalellm.reference import json_schema
+
+    print(json_schema(), end="")
+    return EXIT_DONE
+
+
+COMMANDS: dict[str, tuple[Command, str]] = {
+    "prepare": (_prepare, "text in, a dataset of token shards out"),
+    "train": (_train, "train a decoder as a config says"),
+    "eval": (_eval, "loss and perplexity of a run on a dataset"),
+    "generate": (_generate, "continue a text with a trained model"),
+    "export": (_export, "write a run's weights for other tools"),
+    "bench": (_bench, "measure on this machine"),
+    "schema": (_schema, "print the JSON schema of config files"),
+}
