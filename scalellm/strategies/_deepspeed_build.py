@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import importlib
 import logging
 import os
@@ -41,18 +42,23 @@ def import_deepspeed(world: World, *, join: bool = True) -> Any:
         compatible = ops.__dict__.setdefault("__compatible_ops__", {})
         compatible["deepspeed_shm_comm"] = False
     if join:
-        _join(deepspeed)
+        deepspeed.init_distributed(
+            auto_mpi_discovery=False, verbose=False, dist_init_required=False
+        )
     return deepspeed
 
 
-def _join(deepspeed: Any) -> None:
-    """Lets DeepSpeed find the process group; of an earlier one, since destroyed, it holds on."""
+def leave_process_group() -> None:
+    """Takes back what DeepSpeed holds of the process group, which will end before it does.
+
+    A later run in this process would meet the old group, and a forked one would hang in freeing it.
+    """
     comm: Any = importlib.import_module("deepspeed.comm.comm")
     groups: Any = importlib.import_module("deepspeed.utils.groups")
-    if getattr(comm, "joined_by_scalellm", None) is not tdist.group.WORLD:
-        comm.cdb = groups._WORLD_GROUP = None
-    comm.joined_by_scalellm = tdist.group.WORLD
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_init_required=False)
+    clone, groups._WORLD_GROUP, comm.cdb = groups._WORLD_GROUP, None, None
+    if clone is not None and tdist.is_initialized():
+        tdist.destroy_process_group(clone)
+    gc.collect()  # engines are full of cycles
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,9 @@ class Accelerate(Strategy):
     def close(self) -> None:
         if hasattr(self, "inner"):
             self.inner.close()
+            self.__dict__.pop("module", None)
+            del self.inner
+        self.__dict__.pop("accelerator", None)
         # Accelerate's state is global: the next run in this process must not inherit it.
         state = importlib.import_module("accelerate.state")
         state.AcceleratorState._reset_state(reset_partial_state=True)

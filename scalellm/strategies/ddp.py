@@ -32,7 +32,12 @@ class DDPOptions(Options):
     compression: Literal["none", "bf16", "fp16", "powersgd"] = setting(
         "none", "what gradients are squeezed into on the wire; all but none change the loss"
     )
-    powersgd_rank: int = setting(4, "rank of PowerSGD's approximation; more is truer", ge=1)
+    powersgd_rank: int = setting(
+        4,
+        "rank of PowerSGD's approximation; more is truer. What it leaves out is carried to the next "
+        "step, but not saved: a resumed run differs",
+        ge=1,
+    )
     powersgd_start_step: int = setting(
         100, "steps of plain averaging before PowerSGD begins", unit="steps", ge=2
     )

@@ -22,6 +22,7 @@ from scalellm.strategies._deepspeed_build import (
     ASYNC_IO,
     cpu_adam,
     import_deepspeed,
+    leave_process_group,
     prepare,
     replay_steps,
 )
@@ -228,6 +229,8 @@ class DeepSpeed(Strategy):
     def close(self) -> None:
         if hasattr(self, "engine"):
             self.engine.destroy()
+            del self.engine, self.module, self.optimizer, self.zero, self.model
+            leave_process_group()
         self.until_closed.close()
 
 
