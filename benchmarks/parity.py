@@ -33,8 +33,9 @@ from scalellm.clusters.local import launch
 from scalellm.config import ModelConfig, StrategyConfig
 from scalellm.dist import World, ranks
 from scalellm.errors import ConfigError, UserError
-from scalellm.parity import VARIANTS, Curve, Task, differences, run_curve
+from scalellm.parity import REPORTED, VARIANTS, Curve, Task, differences, run_curve
 
+ALL = VARIANTS | REPORTED
 SIZES = {
     "tiny": {"num_layers": 2, "hidden_size": 48, "num_heads": 4, "vocab_size": 61, "seq_len": 24},
     "1m": {"num_layers": 5, "hidden_size": 128, "num_heads": 4, "vocab_size": 1031, "seq_len": 64},
@@ -67,7 +68,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--worlds", type=_numbers, default=[1, 2, 4], help="such as 1,2,4")
     parser.add_argument(
-        "--only", type=_labels, default=list(VARIANTS), help="variants or variant@ranks, by comma"
+        "--only", type=_labels, default=list(ALL), help="variants or variant@ranks, by comma"
     )
     parser.add_argument("--size", choices=SIZES, default="1m", help="parameters of the model")
     parser.add_argument("--steps", type=int, default=20)
@@ -89,9 +90,9 @@ def _numbers(text: str) -> list[int]:
 
 def _labels(text: str) -> list[str]:
     labels = text.split(",")
-    unknown = [label for label in labels if label.partition("@")[0] not in VARIANTS]
+    unknown = [label for label in labels if label.partition("@")[0] not in ALL]
     if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]} is none of {', '.join(VARIANTS)}")
+        raise argparse.ArgumentTypeError(f"{unknown[0]} is none of {', '.join(ALL)}")
     return labels
 
 
@@ -105,7 +106,7 @@ def _task(args: argparse.Namespace, precision: str) -> Task:
 
 
 def _options(args: argparse.Namespace, label: str) -> dict[str, Any]:
-    options = VARIANTS[label].options
+    options = ALL[label].options
     offloads = "offload_optimizer" in options
     return {**options, "cpu_adam": args.cpu_adam} if offloads else options
 
@@ -116,7 +117,7 @@ def _cells(args: argparse.Namespace) -> dict[str, tuple[str, int]]:
     for words in args.only:
         label, _, only_world = words.partition("@")
         for world in args.worlds:
-            if world in VARIANTS[label].worlds and only_world in ("", str(world)):
+            if world in ALL[label].worlds and only_world in ("", str(world)):
                 cells[f"{label}@{world}"] = (label, world)
     return cells
 
@@ -125,7 +126,7 @@ def _skipped(args: argparse.Namespace) -> dict[str, str]:
     """Cells this machine cannot run, with the sentence that says why."""
     reasons = {}
     for cell, (label, world_size) in _cells(args).items():
-        variant = VARIANTS[label]
+        variant = ALL[label]
         config = StrategyConfig.model_validate({"name": variant.name, **_options(args, label)})
         world = World(world_size=world_size, launcher=f"--nproc {world_size}")
         train = _task(args, variant.precision).train_config()
@@ -138,6 +139,7 @@ def _skipped(args: argparse.Namespace) -> dict[str, str]:
 
 def _pairs(args: argparse.Namespace, cells: dict[str, tuple[str, int]]) -> list[tuple[str, str]]:
     """(saved in, resumed in): each cell in itself, and as `--pairs` says in the others."""
+    cells = {cell: value for cell, value in cells.items() if value[0] in VARIANTS}
     if args.pairs == "none":
         return []
     if args.pairs == "all":
@@ -209,10 +211,11 @@ def _work(args: argparse.Namespace) -> int:
 
 
 def _run_cell(args: argparse.Namespace, folder: Path, cell: str, label: str, world: World) -> None:
-    variant = VARIANTS[label]
+    variant = ALL[label]
     for precision in sorted({variant.precision, "fp32"}):
         task = _task(args, precision)
-        save = folder / "checkpoints" / cell if precision == "fp32" else None
+        is_saved = precision == "fp32" and label in VARIANTS
+        save = folder / "checkpoints" / cell if is_saved else None
         with _quiet(world):
             curve = run_curve(task, variant.name, _options(args, label), world, save=save)
         if label == "single" and world.is_main:
@@ -231,7 +234,7 @@ def _resume_cell(
     load = folder / "checkpoints" / saved
     with _quiet(world):
         curve = run_curve(
-            _task(args, "fp32"), VARIANTS[label].name, _options(args, label), world, load=load
+            _task(args, "fp32"), ALL[label].name, _options(args, label), world, load=load
         )
     if world.is_main:
         _write(folder / "runs" / f"{saved}--{resumed}.json", _plain(curve, None, "fp32"))

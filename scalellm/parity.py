@@ -67,6 +67,14 @@ VARIANTS = {
 }
 
 
+# What changes the loss on purpose: shown beside the others, promised nothing.
+REPORTED = {
+    "ddp-bf16": Variant("ddp", {"compression": "bf16"}, "fp32"),
+    "ddp-fp16": Variant("ddp", {"compression": "fp16"}, "fp32"),
+    "ddp-powersgd": Variant("ddp", {"compression": "powersgd", "powersgd_start_step": 2}, "fp32"),
+}
+
+
 @dataclass(frozen=True)
 class Task:
     """What is trained. `micro_batch` None: the whole share of a rank at once."""

@@ -34,8 +34,8 @@ class DDPOptions(Options):
     )
     powersgd_rank: int = setting(
         4,
-        "rank of PowerSGD's approximation; more is truer. What it leaves out is carried to the next "
-        "step, but not saved: a resumed run differs",
+        "rank of PowerSGD's approximation; more is truer. What it leaves out goes into the next "
+        "step, but is not saved: a resumed run differs",
         ge=1,
     )
     powersgd_start_step: int = setting(
