@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import gc
 import importlib
 import logging
@@ -119,6 +120,9 @@ def prepare(op: Op, world: World) -> None:
 
 
 def _load(op: Op, world: World) -> None:
+    # DeepSpeed asks several times a kernel what the CPU is, and each answer costs two seconds.
+    cpuinfo: Any = importlib.import_module("cpuinfo")
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
     builder = getattr(importlib.import_module("deepspeed.ops.op_builder"), op.builder)()
     if not builder.is_compatible(verbose=False):
         libaio = "the library libaio with its headers (package libaio-dev or libaio-devel)"
