@@ -74,6 +74,41 @@ def odd_curve(label: str, precision: str, kind: str) -> Curve:
     return curve
 
 
+def uneven_curve(label: str, precision: str) -> Curve:
+    """In odd steps the first half of the batch uses the odd parameters, the second does not.
+
+    With two ranks that is rank 0 and not rank 1, with one the first micro-batch and not the second.
+    """
+    task = Task(MODEL, STEPS, precision, micro_batch=4)
+    with torch.device("meta"):
+        model = Odd(MODEL)
+    world = detect()
+    strategy = build(task, VARIANTS[label].name, options_of(label), world, model)
+    forward, calls = strategy.forward, iter(range(1000))
+
+    def forward_of_half(batch: Batch) -> Tensor:
+        step, half = divmod(next(calls) * world.world_size + world.rank, 2)
+        model.uses_extra = step % 2 == 0 or half == 0
+        return forward(batch)
+
+    strategy.forward = forward_of_half  # type: ignore[method-assign]
+    curve = Curve()
+    for loss, grad_norm, gradients in train_steps(strategy, task, world, range(STEPS)):
+        curve.losses.append(loss)
+        curve.grad_norms.append(grad_norm)
+        curve.gradients = curve.gradients or gradients
+    strategy.close()
+    return curve
+
+
+@pytest.mark.parametrize("label", ["ddp", "fsdp", "hsdp"])
+def test_a_parameter_used_on_one_rank_only(ranks: Callable[..., list[Curve]], label: str) -> None:
+    precision = VARIANTS[label].precision
+    wanted = uneven_curve("single", precision)
+    for curve in ranks(uneven_curve, 2, label, precision):
+        assert worst_difference(curve, wanted) < TOLERANCE[precision]
+
+
 @functools.cache
 def odd_reference(precision: str, kind: str) -> Curve:
     return odd_curve("single", precision, kind)
