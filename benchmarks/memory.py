@@ -137,8 +137,9 @@ def _run(task: Task, name: str, options: dict[str, Any], world: World) -> dict[s
 def _sharding(name: str, options: dict[str, Any], world: World, task: Task) -> strategies.Sharding:
     strategy = strategies.resolve(name)
     config = StrategyConfig.model_validate({"name": name, **options})
-    parsed = strategies.parse_options(config, strategy, world, task.train_config())
-    return strategy.sharding(parsed, world)
+    train = task.train_config()
+    parsed = strategies.parse_options(config, strategy, world, train)
+    return strategy.sharding(parsed, world, train)
 
 
 def _theory_bytes(args: argparse.Namespace, variant: Any, sharding: strategies.Sharding) -> int:

@@ -50,12 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _complain(UserError(f"the disk is full writing {error.filename or 'a file'}: free space"))
+        _complain(
+            UserError(f"the disk is full writing {error.filename or 'a file'}: free space"),
+            rank_only=True,
+        )
         return EXIT_USER_ERROR
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not _is_out_of_memory(error):
             raise
-        _complain(UserError(_OUT_OF_MEMORY))
+        _complain(UserError(_OUT_OF_MEMORY), rank_only=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("scalellm: interrupted", file=sys.stderr)
@@ -72,9 +75,13 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return "can't allocate memory" in str(error) or "out of memory" in str(error)
 
 
-def _complain(error: Exception) -> None:
-    """Says it once: all ranks meet the same mistake, rank 0 speaks for them."""
-    if not getattr(error, "rank_only", False) and not _is_main_rank():
+def _complain(error: Exception, *, rank_only: bool = False) -> None:
+    """Says it once: all ranks meet the same mistake, rank 0 speaks for them.
+
+    `rank_only`: what the others may not have met, as a full disk or memory.
+    """
+    rank_only = rank_only or getattr(error, "rank_only", False)
+    if not rank_only and not _is_main_rank():
         if not _launcher().startswith("--nproc"):
             # Other launchers end all ranks as soon as one has left, rank 0 before it could speak.
             time.sleep(_MAIN_SPEAKS_WITHIN_S)

@@ -128,11 +128,16 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def _is_own(path: Path) -> bool:
+    """A link is not the run's own: retention must not reach through it."""
+    return bool(STEP_NAME.fullmatch(path.name)) and path.is_dir() and not path.is_symlink()
+
+
 def steps_in(root: Path) -> list[Path]:
     """Directories named like a checkpoint, newest step first."""
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if STEP_NAME.fullmatch(path.name) and path.is_dir()]
+    found = [path for path in root.iterdir() if _is_own(path)]
     return sorted(found, key=step_of, reverse=True)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from scalellm.checkpoint.write import save
 from scalellm.dist import World, side_group
+from scalellm.errors import CheckpointError
 from scalellm.strategies import Piece
 
 CLOSE_TIMEOUT_S = 60.0
@@ -40,13 +41,18 @@ class Saver:
     def save(self, step: int, pieces: Iterable[Piece], meta: dict[str, Any]) -> None:
         """Saves `root/step-XXXXXXXX` as things stand; they may change once this returns.
 
-        In the background at most the copy is waited for, besides a previous save in flight.
+        In the background at most the copy is waited for, besides a previous save in flight. After
+        one that failed this one is made in the foreground, since it may be the last chance.
 
         Raises:
-            CheckpointError: this save, or in the background the one before it, did not work.
+            CheckpointError: this save, after the one before it, did not work.
         """
-        self.wait()
-        if not self._asynchronous:
+        failed = self._ended()
+        if failed is not None and not isinstance(failed, CheckpointError):
+            raise failed
+        if failed is not None and (self._world.is_main or failed.rank_only):
+            print(f"note: {failed}; trying again", flush=True)
+        if not self._asynchronous or failed is not None:
             self._write(step, pieces, meta)
             return
         arguments = (step, deque(map(_copied, pieces)), copy.deepcopy(meta))
@@ -57,12 +63,17 @@ class Saver:
 
     def wait(self) -> None:
         """Returns once nothing is in flight. Raises CheckpointError if the last save failed."""
+        error = self._ended()
+        if error is not None:
+            raise error
+
+    def _ended(self) -> BaseException | None:
+        """Waits for what is in flight; returns why it failed, on every rank or on none."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         error, self._error = self._error, None
-        if error is not None:
-            raise error
+        return error
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """For every way out: gives a save in flight some time, then gives it up; never raises.

@@ -28,13 +28,21 @@ def verify(path: Path, rank: int = 0, world_size: int = 1) -> Manifest:
     checkpoint is sound only if all of them say so.
 
     Raises:
-        CheckpointError: damaged, incomplete or of another format.
+        CheckpointError: damaged, incomplete, unreadable or of another format.
     """
+    try:
+        return _verify(path, rank, world_size)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}; {FIX}") from None
+
+
+def _verify(path: Path, rank: int, world_size: int) -> Manifest:
     manifest = _read_manifest(path)
     for name, entry in manifest.files.items():
         file = path / name
         if file.is_symlink() or not file.is_file():
-            raise CheckpointError(f"{path}: its file {name!r} is missing; {FIX}")
+            what = "a link, which is not followed" if file.is_symlink() else "missing"
+            raise CheckpointError(f"{path}: its file {name!r} is {what}; {FIX}")
         size_bytes = file.stat().st_size
         if size_bytes != entry.size_bytes:
             raise CheckpointError(

@@ -82,6 +82,7 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
         codes = [process.poll() for process in processes]
         failed = [code for code in codes if code not in (None, EXIT_DONE)]
         if failed:
+            _name_killed(processes)
             _settle(processes)
             codes = [process.poll() for process in processes]
             # A mistake found by one rank makes its peers fail differently: the mistake counts.
@@ -89,6 +90,20 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
         if None not in codes:
             return EXIT_DONE
         time.sleep(POLL_S)
+
+
+def _name_killed(processes: list[subprocess.Popen[bytes]]) -> None:
+    """A rank that was killed cannot say so, and its peers only see their connection break."""
+    for rank, process in enumerate(processes):
+        code = process.poll()
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
+            hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+            print(
+                f"scalellm: rank {rank} was ended by {name}{hint}; go on with --resume auto",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _settle(processes: list[subprocess.Popen[bytes]]) -> None:

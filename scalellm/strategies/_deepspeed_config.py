@@ -31,10 +31,16 @@ _OURS = {
     "bf16": "train.precision",
     "bfloat16": "train.precision",
     "fp16": "train.precision",
+    "torch_autocast": "train.precision",
+    "amp": "train.precision",
     "zero_optimization.stage": "strategy.stage",
+    "zero_optimization.cpu_offload": "strategy.offload_optimizer",
+    "zero_optimization.cpu_offload_params": "strategy.offload_param",
     "zero_optimization.offload_optimizer.device": "strategy.offload_optimizer",
     "zero_optimization.offload_param.device": "strategy.offload_param",
 }
+# They divide parameters in ways that the bridge to the checkpoint does not know.
+_UNPROVEN = ("zero_hpz_partition_size", "mics_shard_size", "zero_quantized_weights")
 
 
 class DeepSpeedOptions(Options):
@@ -62,8 +68,15 @@ class DeepSpeedOptions(Options):
     config: Path | None = setting(None, "a DeepSpeed JSON of your own, merged over the generated")
 
 
-def sharding(options: DeepSpeedOptions, world_size: int) -> Sharding:
+def sharding(options: DeepSpeedOptions, world_size: int, train: TrainConfig) -> Sharding:
+    kinds = set()
+    if options.offload_optimizer != "none":
+        kinds |= {"optimizer", "gradients"}
+    if options.offload_param != "none":
+        kinds.add("parameters")
     return Sharding(
+        offloaded=frozenset(kinds),
+        working_bytes=2 if train.precision == "bf16" else None,
         parameters=world_size if options.stage == 3 else 1,
         gradients=world_size if options.stage >= 2 else 1,
         optimizer=world_size if options.stage >= 1 else 1,
@@ -193,6 +206,15 @@ def _read_own(path: Path) -> dict[str, Any]:
         raise ConfigError(f"strategy.config={path} is not JSON: {error}") from None
     if not isinstance(own, dict):
         raise ConfigError(f"strategy.config={path} is not a JSON object of DeepSpeed's settings")
+    zero = own.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ConfigError(f"strategy.config={path}: zero_optimization is {zero}, not an object")
+    for key in _UNPROVEN:
+        if key in zero:
+            raise ConfigError(
+                f"strategy.config={path} sets zero_optimization.{key}, with which checkpoints are "
+                "not proven; leave it out"
+            )
     for key, ours in _OURS.items():
         if _has(own, key.split(".")):
             raise ConfigError(f"strategy.config={path} sets {key!r}, which is said by {ours} here")

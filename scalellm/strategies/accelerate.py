@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Literal, cast
 
@@ -65,10 +66,11 @@ class Accelerate(Strategy):
             )
 
     @classmethod
-    def sharding(cls, options: Options, world: World) -> Sharding:
+    def sharding(cls, options: Options, world: World, train: TrainConfig) -> Sharding:
         options = cast(AccelerateOptions, options)
-        is_deepspeed = options.backend == "deepspeed"
-        return _deepspeed_config.sharding(options, world.world_size) if is_deepspeed else Sharding()
+        if options.backend != "deepspeed":
+            return Sharding()
+        return _deepspeed_config.sharding(options, world.world_size, train)
 
     @classmethod
     def backend_config(
@@ -80,8 +82,11 @@ class Accelerate(Strategy):
 
     # -- building ---------------------------------------------------------------------------
 
+    environment_before: dict[str, str] = {}  # noqa: RUF012  # replaced, never changed
+
     def setup(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         options = cast(AccelerateOptions, self.options)
+        self.environment_before = _wishes()
         if options.backend == "deepspeed":
             self.inner: Strategy = self._deepspeed(options)
         else:
@@ -95,7 +100,8 @@ class Accelerate(Strategy):
         arguments = accelerate.DistributedDataParallelKwargs(
             gradient_as_bucket_view=True, find_unused_parameters=True
         )
-        self.accelerator = accelerate.Accelerator(
+        self.accelerator = _quietly(
+            accelerate.Accelerator,
             # Without `cpu` every rank on a machine without a GPU would train alone.
             cpu=self.world.device.type == "cpu",
             mixed_precision="no",  # the loop's own autocast
@@ -117,7 +123,8 @@ class Accelerate(Strategy):
         # Without a GPU: `cpu=True` with this plugin crashes, and without a named backend every rank
         # would train alone.
         group = [] if self.world.device.type == "cuda" else ["gloo"]
-        self.accelerator = accelerate.Accelerator(
+        self.accelerator = _quietly(
+            accelerate.Accelerator,
             deepspeed_plugin=_plugin(accelerate, config),
             mixed_precision="bf16" if self.train.precision == "bf16" else "no",
             gradient_accumulation_steps=plan.grad_accumulation,
@@ -198,10 +205,31 @@ class Accelerate(Strategy):
             self.__dict__.pop("module", None)
             del self.inner
         self.__dict__.pop("accelerator", None)
-        # Accelerate's state is global: the next run in this process must not inherit it.
+        # Accelerate's state is global, and it writes to the environment what it was asked for: the
+        # next run in this process must inherit neither.
+        for name in _wishes().keys() - self.environment_before.keys():
+            del os.environ[name]
+        os.environ.update(self.environment_before)
         state = importlib.import_module("accelerate.state")
         state.AcceleratorState._reset_state(reset_partial_state=True)
         state.GradientState._reset_state()
+
+
+def _wishes() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+
+
+def _quietly(make: Callable[..., Any], **arguments: Any) -> Any:
+    """Makes an Accelerator that does not set its own number of threads, nor warn that it does."""
+    threads = torch.get_num_threads()
+    is_ours = "OMP_NUM_THREADS" not in os.environ
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    try:
+        return make(**arguments)
+    finally:
+        if is_ours:
+            del os.environ["OMP_NUM_THREADS"]
+        torch.set_num_threads(threads)
 
 
 def _plugin(accelerate: Any, config: dict[str, Any]) -> Any:

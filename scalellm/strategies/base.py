@@ -44,11 +44,17 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Sharding:
-    """Among how many ranks each kind of memory is divided; 1: every rank holds all of it."""
+    """Among how many ranks each kind of memory is divided; 1: every rank holds all of it.
+
+    `offloaded` are the kinds that do not lie on the device. `working_bytes` is the size of an
+    element the model computes with, where that is not the optimizer's.
+    """
 
     parameters: int = 1
     gradients: int = 1
     optimizer: int = 1
+    offloaded: frozenset[str] = frozenset()
+    working_bytes: int | None = None
 
 
 class Strategy:
@@ -78,9 +84,9 @@ class Strategy:
         del options, world, train
 
     @classmethod
-    def sharding(cls, options: Options, world: World) -> Sharding:
-        """Over how many ranks parameters, gradients and optimizer state are divided."""
-        del options, world
+    def sharding(cls, options: Options, world: World, train: TrainConfig) -> Sharding:
+        """How parameters, gradients and optimizer state are divided, and where they lie."""
+        del options, world, train
         return Sharding()
 
     @classmethod

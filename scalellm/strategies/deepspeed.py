@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from scalellm.config import BatchPlan, TrainConfig
 from scalellm.dist import World, local_rank_shown, sum_over_ranks
+from scalellm.errors import ConfigError
 from scalellm.strategies._deepspeed_build import (
     ASYNC_IO,
     cpu_adam,
@@ -51,8 +52,8 @@ class DeepSpeed(Strategy):
         check(cast(DeepSpeedOptions, options), train)
 
     @classmethod
-    def sharding(cls, options: Options, world: World) -> Sharding:
-        return sharding(cast(DeepSpeedOptions, options), world.world_size)
+    def sharding(cls, options: Options, world: World, train: TrainConfig) -> Sharding:
+        return sharding(cast(DeepSpeedOptions, options), world.world_size, train)
 
     @classmethod
     def backend_config(
@@ -75,6 +76,7 @@ class DeepSpeed(Strategy):
         deepspeed = import_deepspeed(self.world)
         plan = self.plan()
         self.config = make_config(options, self.train, plan)
+        _check_config(self.config, options)
         if options.offload_optimizer == "nvme":
             prepare(ASYNC_IO, self.world)
         self._initial = torch.get_rng_state() if is_meta(model) else None
@@ -232,6 +234,19 @@ class DeepSpeed(Strategy):
             del self.engine, self.module, self.optimizer, self.zero, self.model
             leave_process_group()
         self.until_closed.close()
+
+
+def _check_config(config: dict[str, Any], options: DeepSpeedOptions) -> None:
+    """Lets DeepSpeed read the configuration before anything is allocated."""
+    try:
+        importlib.import_module("deepspeed.runtime.config").DeepSpeedConfig(config)
+    except Exception as error:
+        if options.config is None:
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ConfigError(
+            f"DeepSpeed refuses strategy.config={options.config}: {' '.join(lines[:3])[:300]}"
+        ) from None
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:

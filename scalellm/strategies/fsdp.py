@@ -84,9 +84,11 @@ class FSDP(Strategy):
             )
 
     @classmethod
-    def sharding(cls, options: Options, world: World) -> Sharding:
-        ranks = cast(FSDPOptions, options).shard_ranks or world.world_size
-        return Sharding(parameters=ranks, gradients=ranks, optimizer=ranks)
+    def sharding(cls, options: Options, world: World, train: TrainConfig) -> Sharding:
+        options = cast(FSDPOptions, options)
+        ranks = options.shard_ranks or world.world_size
+        kinds = ("parameters", "gradients", "optimizer") if options.cpu_offload else ()
+        return Sharding(ranks, ranks, ranks, offloaded=frozenset(kinds))
 
     # -- building ---------------------------------------------------------------------------
 

@@ -68,7 +68,7 @@ def run_training(config: Config, resume: str | None = None) -> Outcome:
         check_writers(config)
         dataset = data.TokenDataset.open(config.data.path, "train")
         config = _with_vocabulary(config, dataset)
-        check_resources(config, plan, world, strategy_class.sharding(options, world))
+        check_resources(config, plan, world, strategy_class.sharding(options, world, config.train))
         folder = stack.enter_context(_claimed(config, world, resuming=resume is not None))
         source = find_checkpoint(folder, resume, world)
         strategy = strategy_class(world, config.train, options)

@@ -33,8 +33,7 @@ def check_resources(config: Config, plan: BatchPlan, world: World, sharding: Sha
     element_bytes = 8 if config.train.precision == "fp64" else 4
     rows = max(plan.micro_batch_size, config.eval.batch_size or 0)
     positions = rows * config.model.seq_len
-    parts = 1 / sharding.parameters + 1 / sharding.gradients + 2 / sharding.optimizer
-    state_bytes = int(parts * element_bytes * count_parameters(config.model))
+    state_bytes, host_bytes = _state_bytes(config, world, sharding, element_bytes)
     batch_bytes = 2 * positions * (config.model.vocab_size or 0) * element_bytes
     ids_bytes = 2 * plan.micro_batch_size * plan.grad_accumulation * (config.model.seq_len + 1)
     ranks_here = world.local_world_size if world.device.type == "cpu" else 1
@@ -43,7 +42,7 @@ def check_resources(config: Config, plan: BatchPlan, world: World, sharding: Sha
     if world.device.type == "cpu":
         needed_bytes += copy_bytes
     else:
-        _check_copy(copy_bytes, _available_bytes(CPU))
+        _check_host(copy_bytes, world.local_world_size * host_bytes)
     available_bytes = _available_bytes(world.device)
     if needed_bytes > available_bytes:
         raise ConfigError(
@@ -53,6 +52,26 @@ def check_resources(config: Config, plan: BatchPlan, world: World, sharding: Sha
             f"background), but {_gib(available_bytes)} are available; lower the model's size, "
             "train.micro_batch_size or model.seq_len, or set checkpoint.asynchronous=false"
         )
+
+
+def _state_bytes(
+    config: Config, world: World, sharding: Sharding, element_bytes: int
+) -> tuple[int, int]:
+    """What a rank holds of weights, gradients and moments, on its device and offloaded to the host.
+
+    A model that computes in half precision has master weights beside its moments.
+    """
+    working_bytes = sharding.working_bytes or element_bytes
+    masters = 0 if sharding.working_bytes is None else 1
+    kinds = {
+        "parameters": working_bytes / sharding.parameters,
+        "gradients": working_bytes / sharding.gradients,
+        "optimizer": (2 + masters) * element_bytes / sharding.optimizer,
+    }
+    away = () if world.device.type == "cpu" else sharding.offloaded
+    parameters = count_parameters(config.model)
+    on_host = sum(size for kind, size in kinds.items() if kind in away)
+    return int((sum(kinds.values()) - on_host) * parameters), int(on_host * parameters)
 
 
 def _copy_bytes(config: Config, world: World) -> int:
@@ -67,11 +86,14 @@ def _checkpoint_bytes(config: Config) -> int:
     return _SAVED_PER_PARAMETER * element_bytes * count_parameters(config.model)
 
 
-def _check_copy(copy_bytes: int, available_bytes: int) -> None:
-    if copy_bytes > available_bytes:
+def _check_host(copy_bytes: int, offloaded_bytes: int) -> None:
+    """The host's memory, where the ranks compute on GPUs."""
+    available_bytes = _available_bytes(CPU)
+    if copy_bytes + offloaded_bytes > available_bytes:
         raise ConfigError(
-            f"saving in the background copies {_gib(copy_bytes)} to this host's memory, which has "
-            f"{_gib(available_bytes)} available; set checkpoint.asynchronous=false"
+            f"saving in the background copies {_gib(copy_bytes)} to this host's memory and "
+            f"offloading keeps {_gib(offloaded_bytes)} there, but {_gib(available_bytes)} are "
+            "available; set checkpoint.asynchronous=false or offload less"
         )
 
 

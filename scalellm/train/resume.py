@@ -3,12 +3,44 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scalellm import checkpoint, data
+from scalellm.config import ModelConfig
 from scalellm.dist import World, barrier
 from scalellm.errors import CheckpointError, ConfigError, DataError
 from scalellm.train.folder import RunFolder, tokenizer_sha256
 from scalellm.train.loop import Run
+
+# What may differ between a checkpoint's model and the one that resumes it: it changes no function.
+_FREE = {"preset", "dropout", "attention", "init_std", "seq_len"}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _EarlyStoppingState(_Strict):
+    best_loss: float | None
+    bad_evaluations: int = Field(ge=0)
+
+
+class _LossScaleState(_Strict):
+    value: float = Field(gt=0)
+    good_steps: int = Field(ge=0)
+
+
+class _Meta(_Strict):
+    """What `save_run` leaves beside the tensors."""
+
+    tokens: int = Field(ge=0)
+    cursor: dict[str, Any]
+    model: dict[str, Any]
+    early_stopping: _EarlyStoppingState
+    nonfinite_in_a_row: int = Field(ge=0)
+    loss_scale: _LossScaleState
 
 
 def find_checkpoint(
@@ -49,8 +81,13 @@ def save_run(folder: RunFolder, saver: checkpoint.Saver, run: Run) -> None:
 def load_run_state(
     run: Run, source: checkpoint.Checkpoint, dataset: data.TokenDataset, folder: RunFolder
 ) -> None:
-    """Takes weights, optimizer, cursor and counters from a checkpoint."""
-    cursor = data.Cursor.from_dict(source.meta["cursor"])
+    """Takes weights, optimizer, cursor and counters from a checkpoint.
+
+    Raises:
+        UserError: it does not belong to this run; nothing was changed then.
+    """
+    meta = _read_meta(source)
+    cursor = data.Cursor.from_dict(meta.cursor)
     if cursor.fingerprint != dataset.fingerprint:
         raise DataError(
             f"{source.path} was trained on another dataset than {dataset.path} (fingerprint "
@@ -62,14 +99,53 @@ def load_run_state(
             f"{source.path} is of step {source.step}, beyond train.steps="
             f"{run.config.train.steps}; raise train.steps to train on"
         )
+    _check_model(source, meta, run.config.model)
     run.strategy.load_state(source)
     source.close()
-    meta = source.meta
     run.step = source.step
     if source.path.resolve().parent == folder.checkpoints.resolve():
         run.saved_step = source.step
-    run.tokens = meta["tokens"]
+    run.tokens = meta.tokens
     run.cursor = cursor
-    run.early_stopping.load(meta["early_stopping"])
-    run.guard.in_a_row = meta["nonfinite_in_a_row"]
-    run.strategy.loss_scale.load(meta["loss_scale"])
+    run.early_stopping.load(meta.early_stopping.model_dump())
+    run.guard.in_a_row = meta.nonfinite_in_a_row
+    run.strategy.loss_scale.load(meta.loss_scale.model_dump())
+
+
+def _read_meta(source: checkpoint.Checkpoint) -> _Meta:
+    try:
+        return _Meta.model_validate(source.meta)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(
+            f"{source.path} is damaged: meta.{where}: {first['msg']}; resume from another "
+            "checkpoint of the run"
+        ) from None
+
+
+def _check_model(source: checkpoint.Checkpoint, meta: _Meta, model: ModelConfig) -> None:
+    """Refuses a model that computes something else, also where all shapes agree."""
+    try:
+        stored = _function_of(ModelConfig.model_validate(meta.model))
+    except ValidationError:
+        raise CheckpointError(
+            f"{source.path} is damaged: meta.model is no model configuration; resume from another "
+            "checkpoint of the run"
+        ) from None
+    for key, value in _function_of(model).items():
+        if stored[key] != value:
+            raise CheckpointError(
+                f"{source.path} is of another architecture: its model.{key} is {stored[key]}, this "
+                f"model's is {value}; use the config in its run folder"
+            )
+
+
+def _function_of(model: ModelConfig) -> dict[str, Any]:
+    values = model.model_dump(mode="json", exclude=_FREE)
+    derived = {
+        "num_kv_heads": model.kv_heads,
+        "head_dim": model.head_size,
+        "intermediate_size": model.mlp_size,
+    }
+    return {**values, **derived}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,17 @@ def test_training_alone_is_noticed(ranks: Callable[..., list[str]], backend: str
     for sentence in ranks(became, 2, backend):
         assert sentence.startswith("Accelerate became "), sentence
         assert "training would not be what the config says" in sentence
+
+
+def test_a_closed_one_leaves_no_wishes_in_the_environment(ranks: Callable[..., list[Any]]) -> None:
+    """Accelerate says to itself by environment variables what the next run must not hear."""
+    assert ranks(environment_after, 2) == [[], []]
+
+
+def environment_after() -> list[str]:
+    options = {"backend": "deepspeed", "stage": 1}
+    build(Task(MODEL, 1, "fp32"), "accelerate", options, detect()).close()
+    return [name for name in os.environ if name.startswith("ACCELERATE_")]
 
 
 def test_asked_and_found_agree(ranks: Callable[..., list[Any]]) -> None:

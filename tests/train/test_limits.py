@@ -67,7 +67,7 @@ def test_on_a_gpu_the_copy_lies_in_the_hosts_memory(monkeypatch: pytest.MonkeyPa
     host_bytes = 12 * count_parameters(config_of().model) - 1
     free = {"cuda": 1 << 40, "cpu": host_bytes}
     monkeypatch.setattr(limits, "_available_bytes", lambda device: free[device.type])
-    with pytest.raises(ConfigError, match=r"copies .* set checkpoint.asynchronous=false"):
+    with pytest.raises(ConfigError, match=r"copies .* set checkpoint\.asynchronous=false"):
         limits.check_resources(config_of(), PLAN, world, WHOLE)
     limits.check_resources(config_of(checkpoint={"asynchronous": False}), PLAN, world, WHOLE)
     free["cpu"] += 1
@@ -83,3 +83,19 @@ def test_what_ranks_divide_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> N
         smallest_that_passes(config, world, monkeypatch, sharding) for sharding in (WHOLE, halved)
     )
     assert whole_bytes - part_bytes == 6 * count_parameters(config.model)
+
+
+def test_what_is_offloaded_counts_against_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offload is for models that the device cannot hold: it must not be refused for that."""
+    config = config_of(checkpoint={"asynchronous": False})
+    needs_bytes = 16 * count_parameters(config.model)
+    world = World(device=torch.device("cuda", 0))
+    offloaded = Sharding(offloaded=frozenset({"parameters", "gradients", "optimizer"}))
+    free = {"cuda": needs_bytes - 1, "cpu": needs_bytes}
+    monkeypatch.setattr(limits, "_available_bytes", lambda device: free[device.type])
+    with pytest.raises(ConfigError, match=r"rank\(s\) here need at least"):
+        limits.check_resources(config, PLAN, world, WHOLE)
+    limits.check_resources(config, PLAN, world, offloaded)
+    free["cpu"] -= 1
+    with pytest.raises(ConfigError, match=r"offloading keeps .* offload less"):
+        limits.check_resources(config, PLAN, world, offloaded)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import yaml
 
 from scalellm.checkpoint import open_checkpoint
+from scalellm.checkpoint.layout import checksum
 from scalellm.config import parse_config
 from scalellm.errors import CheckpointError, UserError
 from scalellm.metrics import read_rows
@@ -88,7 +90,9 @@ def test_a_checkpoint_of_another_architecture(
     other["model"]["hidden_size"] = 48
     other["run"]["dir"] = str(tmp_path / "other")
     for sentence in ranks(refused, 2, other, SHARDED[word], tiny_values["run"]["dir"]):
-        assert "is of another architecture; use the config in its run folder" in sentence
+        assert (
+            "is of another architecture: its model.hidden_size is 32, this model's is" in sentence
+        )
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "missing shard"])
@@ -143,3 +147,64 @@ def test_a_strategy_of_the_users_own_from_the_command_line(
     assert process.returncode == 0, process.stderr
     assert "mypkg.mystrategy: 2 ranks" in process.stdout
     assert process.stderr.count("Traceback") == 0
+
+
+@pytest.mark.parametrize("change", [{"rope_theta": 500.0}, {"norm": "layernorm"}])
+def test_another_function_of_the_same_shapes(
+    tiny_values: Values, tmp_path: Path, change: Values
+) -> None:
+    train_to(tiny_values, {"name": "single"}, 2)
+    other = copy.deepcopy(tiny_values)
+    other["model"] |= change
+    other["run"]["dir"] = str(tmp_path / "other")
+    sentence = refused(other, {"name": "single"}, tiny_values["run"]["dir"])
+    assert "is of another architecture: its model." in sentence
+    assert "use the config in its run folder" in sentence
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_same_function_in_other_words(tiny_values: Values) -> None:
+    """Saying what a default says is no other architecture; dropout changes no function either."""
+    train_to(tiny_values, {"name": "single"}, 2)
+    tiny_values["model"] |= {"head_dim": 8, "dropout": 0.1, "attention": "explicit"}
+    assert train_to(tiny_values, {"name": "single"}, 3, "auto") == 3
+
+
+@pytest.mark.parametrize("key", ["cursor", "tokens", "early_stopping", "model"])
+def test_a_lying_meta_is_found_before_the_model_is_touched(tiny_values: Values, key: str) -> None:
+    train_to(tiny_values, {"name": "single"}, 2)
+    file = Path(tiny_values["run"]["dir"]) / "checkpoints" / "step-00000002" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["meta"][key] = "a lie"
+    manifest["checksum"] = checksum(manifest)
+    file.write_text(json.dumps(manifest))
+    sentence = refused(tiny_values, {"name": "single"}, "auto")
+    assert f"is damaged: meta.{key}" in sentence
+
+
+def test_a_killed_rank_is_named(tiny_values: Values, tmp_path: Path) -> None:
+    source = tmp_path / "mypkg"
+    source.mkdir()
+    (source / "__init__.py").touch()
+    (source / "dies.py").write_text(
+        "import os, signal\n"
+        "from scalellm.strategies.ddp import DDP\n"
+        "class Dies(DDP):\n"
+        "    def step(self, learning_rate):\n"
+        "        if self.world.rank == 1:\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return super().step(learning_rate)\n"
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_values))
+    script = Path(sys.executable).parent / "scalellm"
+    process = subprocess.run(
+        [script, "train", "config.yaml", "--nproc", "2", "strategy.name=mypkg.dies"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 1
+    assert (
+        "rank 1 was ended by SIGKILL (out of memory?); go on with --resume auto" in process.stderr
+    )
