@@ -7,6 +7,7 @@ test with its traceback; a rank that hangs is killed after `TIMEOUT_S`.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -28,6 +29,7 @@ def run_ranks(
 ) -> list[Any]:
     """Calls `function(*arguments)` in `world_size` joined processes; returns their results."""
     context = multiprocessing.get_context("fork")
+    gc.collect()  # what earlier tests left goes here, where its threads are
     store = folder / f"store-{uuid.uuid4().hex}"
     processes, pipes = [], []
     for rank in range(world_size):
@@ -73,6 +75,7 @@ def _rank_main(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
+    gc.freeze()  # and nothing of the parent's in the child: freeing a process group waits for them
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
