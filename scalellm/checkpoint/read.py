@@ -55,10 +55,10 @@ class Checkpoint:
             if seen is None:
                 continue
             if seen[ours].any():
-                raise CheckpointError(f"{self.path}: pieces of {name} overlap; {FIX}")
+                raise _seen_here(f"{self.path}: pieces of {name} overlap; {FIX}")
             seen[ours] = True
         if covered != result.numel():
-            raise CheckpointError(
+            raise _seen_here(
                 f"{self.path}: the pieces of {name} cover {covered} of {result.numel()} elements; "
                 f"{FIX}"
             )
@@ -75,14 +75,21 @@ class Checkpoint:
                 self._open[piece.file] = safe_open(self.path / piece.file, framework="pt")
             stored = self._open[piece.file].get_slice(piece.key)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.path / piece.file}: {error}; {FIX}") from None
+            raise _seen_here(f"{self.path / piece.file}: {error}; {FIX}") from None
         held = (stored.get_dtype(), stored.get_shape())
         if held != (DTYPE_CODES[dtype], piece.shape):
-            raise CheckpointError(
+            raise _seen_here(
                 f"{self.path / piece.file} holds {held[0]} {held[1]} as {piece.key!r}, the "
                 f"manifest says {DTYPE_CODES[dtype]} {piece.shape}; {FIX}"
             )
         return stored
+
+
+def _seen_here(sentence: str) -> CheckpointError:
+    """Ranks read different parts: what one finds wrong it must say itself."""
+    error = CheckpointError(sentence)
+    error.rank_only = True
+    return error
 
 
 def _overlap(
