@@ -30,7 +30,9 @@ class DDPOptions(Options):
         "run if one is left out",
     )
     compression: Literal["none", "bf16", "fp16", "powersgd"] = setting(
-        "none", "what gradients are squeezed into on the wire; all but none change the loss"
+        "none",
+        "what gradients are squeezed into on the wire; all but none change the loss, and powersgd "
+        "needs every parameter in every forward",
     )
     powersgd_rank: int = setting(
         4,
@@ -67,12 +69,18 @@ class DDP(Strategy):
 
     def _distribute(self, model: nn.Module) -> nn.Module:
         options = cast(DDPOptions, self.options)
+        bucket_mb, finds_unused = options.bucket_mb, options.find_unused_parameters
+        if options.compression == "powersgd":
+            # It reduces again in callbacks, in gloo's own threads: a second bucket's or the map of
+            # unused parameters, reduced meanwhile, would meet them in another order on each rank.
+            bucket_mb = 1 + sum(p.nbytes for p in model.parameters()) // (1 << 20)
+            finds_unused = False
         module = DistributedDataParallel(
             model,
             device_ids=[self.world.device] if self.world.device.type == "cuda" else None,
-            bucket_cap_mb=options.bucket_mb,
+            bucket_cap_mb=bucket_mb,
             gradient_as_bucket_view=True,
-            find_unused_parameters=options.find_unused_parameters,
+            find_unused_parameters=finds_unused,
         )
         _compress(module, options)
         return module
