@@ -31,7 +31,14 @@ def options_of(label: str) -> dict[str, Any]:
 
 # Every variant that divides or replicates over two ranks.
 LABELS = [label for label, variant in VARIANTS.items() if 2 in variant.worlds]
-PRECISE = [(label, VARIANTS[label].precision) for label in LABELS]
+# Near relatives of others in the list: their engines take seconds to build.
+SLOW = {"deepspeed-0", "deepspeed-3-offload", "fsdp-no-reshard", "accelerate-deepspeed"}
+PRECISE = [
+    pytest.param(
+        label, VARIANTS[label].precision, marks=[pytest.mark.slow] if label in SLOW else []
+    )
+    for label in LABELS
+]
 
 
 class Odd(Decoder):
