@@ -9,8 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from scalellm.errors import EXIT_DONE, EXIT_STOPPED_BY_SIGNAL, UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from scalellm.config import Config
 
 Command = Callable[[Sequence[str]], int]
 
@@ -59,30 +63,20 @@ def _train(argv: Sequence[str]) -> int:
         options.config = words.pop(0)
 
     from scalellm.config import load_config
-    from scalellm.dist import World, detect
+    from scalellm.dist import detect
 
     config = load_config(options.config, words)
+    started = detect()
     if options.print_deepspeed_config:
         from scalellm.reference import backend_json
 
-        started = detect()
-        print(
-            backend_json(config, replace(started, world_size=options.nproc or started.world_size)),
-            end="",
-        )
+        world = replace(started, world_size=options.nproc or started.world_size)
+        print(backend_json(config, world), end="")
         return EXIT_DONE
-    started = detect()
     if options.nproc is not None and started.launcher in ("python", "sbatch"):
-        from scalellm.clusters.local import MAX_RANKS, launch
-        from scalellm.train import check_config
-
-        if not 1 <= options.nproc <= MAX_RANKS:
-            raise UserError(f"--nproc={options.nproc} ranks is not between 1 and {MAX_RANKS}")
-        world = World(world_size=options.nproc, launcher=f"--nproc {options.nproc}")
-        check_config(config, world)  # before processes start that would all say the same
         resume = ["--resume", options.resume] if options.resume else []
-        return launch(["train", "--config", options.config, *resume, *words], options.nproc)
-
+        words = ["train", "--config", options.config, *resume, *words]
+        return _start_ranks(config, words, options.nproc)
     if options.nproc not in (None, started.world_size):
         raise UserError(
             f"--nproc {options.nproc} would start ranks, but {started.launcher} has started "
@@ -96,6 +90,18 @@ def _train(argv: Sequence[str]) -> int:
         if config.eval.sample_prompt is not None and not outcome.stopped_by_signal:
             _show_sample(outcome.run_dir, config.eval.sample_prompt, config.eval.sample_tokens)
     return EXIT_STOPPED_BY_SIGNAL if outcome.stopped_by_signal else EXIT_DONE
+
+
+def _start_ranks(config: Config, words: list[str], nproc: int) -> int:
+    from scalellm.clusters.local import MAX_RANKS, launch
+    from scalellm.dist import World
+    from scalellm.train import check_config
+
+    if not 1 <= nproc <= MAX_RANKS:
+        raise UserError(f"--nproc={nproc} ranks is not between 1 and {MAX_RANKS}")
+    # Before processes start that would all say the same.
+    check_config(config, World(world_size=nproc, launcher=f"--nproc {nproc}"))
+    return launch(words, nproc)
 
 
 def _close(run_dir: Path, reason: str, step: int) -> None:
