@@ -98,7 +98,7 @@ def uneven_curve(label: str, precision: str) -> Curve:
         model.uses_extra = step % 2 == 0 or half == 0
         return forward(batch)
 
-    strategy.forward = forward_of_half  # type: ignore[method-assign]
+    vars(strategy)["forward"] = forward_of_half
     curve = Curve()
     for loss, grad_norm, gradients in train_steps(strategy, task, world, range(STEPS)):
         curve.losses.append(loss)

@@ -67,19 +67,17 @@ def test_each_rank_holds_its_part_of_sixteen_bytes_a_parameter(
 
 def transformed_curve(name: str, transform: str) -> Curve:
     original = nn.Module.compile
-    # Inductor takes a minute to warm up; what is tested is the order of the wrappers.
-    nn.Module.compile = lambda self: original(self, backend="aot_eager")  # type: ignore
     keys = {"compile": True} if transform == "compile" else {"activation_checkpointing": transform}
 
     class Transformed(Task):
         def train_config(self) -> TrainConfig:
             return super().train_config().model_copy(update=keys)
 
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        # Inductor takes a minute to warm up; what is tested is the order of the wrappers.
+        patch.setattr(nn.Module, "compile", lambda self: original(self, backend="aot_eager"))
         task = Transformed(MODEL, 3, "fp64", micro_batch=2)
         return run_curve(task, name, {}, detect())
-    finally:
-        nn.Module.compile = original  # type: ignore
 
 
 @pytest.mark.parametrize("transform", ["full", "selective", "compile"])
