@@ -25,6 +25,8 @@ import torch.distributed as tdist
 from scalellm.dist import World, together
 from scalellm.errors import ConfigError
 
+PATIENCE_S = 3.0  # loading a compiled kernel takes less
+
 
 def import_deepspeed(world: World, *, join: bool = True) -> Any:
     """Returns the package, told which device to use, with its talk turned down to warnings.
@@ -130,6 +132,7 @@ def _load(op: Op, world: World) -> None:
         raise ConfigError(f"{op.called} needs {needs}; install it, or use {op.instead}")
     folder = _extension_folder(op)
     folder.mkdir(parents=True, exist_ok=True)
+    # Compiled already, though torch compiles again where DeepSpeed now lies in another folder.
     is_cached = any(folder.glob("*.so"))
     with (folder.parent / f"{op.name}.scalellm-lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another run on this machine may be compiling too
@@ -137,7 +140,7 @@ def _load(op: Op, world: World) -> None:
             _check_compiler(op)
         _check_lock(folder / "lock", op)
         try:
-            with _spinner(f"compiling {op.called}, once on this machine", shown=not is_cached):
+            with _spinner(f"compiling {op.called}, once for this installation"):
                 builder.load(verbose=False)
         except (RuntimeError, OSError, ImportError) as error:
             first = (str(error).strip() or repr(error)).splitlines()[0]
@@ -170,30 +173,33 @@ def _check_lock(lock: Path, op: Op) -> None:
 
 
 @contextmanager
-def _spinner(what: str, *, shown: bool) -> Iterator[None]:
-    """Says what is being waited for and for how long; one line in a log, a turning one on a tty."""
+def _spinner(what: str) -> Iterator[None]:
+    """Says what is being waited for and for how long, once it has taken `PATIENCE_S`.
+
+    One line in a log, a turning one on a terminal.
+    """
     started_s = time.monotonic()
     done = threading.Event()
     on_tty = sys.stderr.isatty()
 
     def turn() -> None:
-        while not done.wait(0.2):
+        if done.wait(PATIENCE_S):
+            return
+        if not on_tty:
+            print(f"{what} (one to a few minutes) ...", file=sys.stderr, flush=True)
+        while on_tty and not done.wait(0.2):
             seconds = time.monotonic() - started_s
             sign = "|/-\\"[int(seconds * 5) % 4]
             print(f"\r{sign} {what}: {seconds:.0f} s", end="", file=sys.stderr, flush=True)
 
-    if shown and not on_tty:
-        print(f"{what} (one to a few minutes) ...", file=sys.stderr, flush=True)
     thread = threading.Thread(target=turn, daemon=True)
-    if shown and on_tty:
-        thread.start()
+    thread.start()
     try:
         yield
     finally:
         done.set()
-        if thread.ident is not None:
-            thread.join()
-        if shown:
+        thread.join()
+        seconds = time.monotonic() - started_s
+        if seconds > PATIENCE_S:
             start = "\r" if on_tty else ""
-            seconds = time.monotonic() - started_s
             print(f"{start}{what}: done in {seconds:.0f} s", file=sys.stderr, flush=True)

@@ -283,6 +283,7 @@ def test_the_cpu_optimizer(ranks: Callable[..., list[Curve]], stage: int) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # in a new installation DeepSpeed compiles for minutes
 def test_the_optimizer_on_a_disk(ranks: Callable[..., list[Curve]], tmp_path: Path) -> None:
     _deepspeed_build.import_deepspeed(World(), join=False)
     try:
