@@ -6,8 +6,11 @@ heavy ones (gradients, parameters) belong to the strategies.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import socket
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -36,7 +39,8 @@ class World:
     """Who this process is among the ranks of one run, and what it computes on.
 
     `launcher_asks` is what the launcher was told besides a number of ranks, and what only the
-    config can grant: see `launched.accelerate_asks`.
+    config can grant: see `launched.accelerate_asks`. `restarts`: how often the launcher has started
+    the ranks of this run before.
     """
 
     rank: int = 0
@@ -46,6 +50,7 @@ class World:
     launcher: str = "python"
     device: torch.device = CPU
     launcher_asks: Mapping[str, str] = field(default_factory=dict, compare=False)
+    restarts: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -81,6 +86,7 @@ def detect() -> World:
         local_world_size=local_world_size,
         launcher=launcher,
         launcher_asks=asks,
+        restarts=launched.restarts(),
     )
 
 
@@ -102,6 +108,8 @@ def threads_per_rank(world: World) -> int:
     cores = available_cores()
     if world.launcher == "srun" and "SLURM_CPUS_PER_TASK" in os.environ:
         return max(1, min(cores, read_int("SLURM_CPUS_PER_TASK", cores)))
+    if world.launcher == "ray":
+        return max(1, min(cores, read_int("OMP_NUM_THREADS", 1)))  # the CPUs it reserved
     if world.launcher == "deepspeed" and cores < _cores_of_parent():
         return cores  # --bind_cores_to_rank gave this rank its own
     return max(1, cores // world.local_world_size)
@@ -176,7 +184,42 @@ def _init_process_group(world: World) -> None:
     else:
         if world.launcher in launched.WITHOUT_RANK:
             _tell_libraries(world)
+        if world.local_world_size < world.world_size and "GLOO_SOCKET_IFNAME" not in os.environ:
+            interface = interface_towards(os.environ["MASTER_ADDR"])
+            if interface is not None:
+                os.environ["GLOO_SOCKET_IFNAME"] = interface
         tdist.init_process_group(backend, timeout=TIMEOUT)
+
+
+def interface_towards(host: str) -> str | None:
+    """Names the network interface over which this machine reaches `host`; None if unknown.
+
+    Gloo itself asks what its own host name means, which on many machines is 127.0.1.1: the other
+    hosts are then told to connect to themselves.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # asks the routing table; nothing is sent
+            own_address = probe.getsockname()[0]
+            for _, name in socket.if_nameindex():
+                if family == socket.AF_INET and _ipv4_address(probe, name) == own_address:
+                    return name
+    except OSError:
+        pass
+    return None
+
+
+def _ipv4_address(probe: socket.socket, interface: str) -> str | None:
+    request = struct.pack("256s", interface.encode()[:15])
+    try:
+        answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+    except OSError:
+        return None  # it has none
+    return socket.inet_ntoa(answer[20:24])
+
+
+_SIOCGIFADDR = 0x8915  # Linux: see netdevice(7)
 
 
 def side_group() -> Group:

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from scalellm.errors import ConfigError
 
@@ -113,3 +114,23 @@ def accelerate_asks(*, has_rank: bool) -> dict[str, str]:
     if precision != "no":
         asks["precision"] = precision
     return asks
+
+
+def restarts() -> int:
+    """How often the ranks were started before, by a launcher that starts them again."""
+    return read_int("SCALELLM_RESTARTS", read_int("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def tell(kind: str, **values: Any) -> None:
+    """Says to a cluster that watches this rank what happened; to nobody, if none does.
+
+    One JSON line on the file descriptor SCALELLM_EVENTS_FD: `{"kind": kind, **values}`.
+    """
+    descriptor = read_int("SCALELLM_EVENTS_FD", -1)
+    if descriptor < 0:
+        return
+    line = json.dumps({"kind": kind, **values}) + "\n"
+    try:
+        os.write(descriptor, line.encode())
+    except OSError:  # nobody listens any more; training does not depend on it
+        os.environ.pop("SCALELLM_EVENTS_FD")

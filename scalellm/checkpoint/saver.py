@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,24 @@ class Saver:
 
     All ranks make one together, call `save` at the same steps and `wait` at the end. A failure
     reaches all of them: the threads agree over a group of their own, so `save` and `wait` raise
-    it on every rank or on none.
+    it on every rank or on none. `on_saved` hears the path of every finished one, in the thread
+    that wrote it.
     """
 
-    def __init__(self, root: Path, world: World, *, keep: int, asynchronous: bool) -> None:
+    def __init__(
+        self,
+        root: Path,
+        world: World,
+        *,
+        keep: int,
+        asynchronous: bool,
+        on_saved: Callable[[Path], None] | None = None,
+    ) -> None:
         self._root = root
         self._world = world
         self._keep = keep
         self._asynchronous = asynchronous
+        self._on_saved = on_saved
         self._group = side_group()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -92,7 +102,9 @@ class Saver:
             self._error = error
 
     def _write(self, step: int, pieces: Iterable[Piece], meta: dict[str, Any]) -> None:
-        save(self._root, step, pieces, meta, self._world, self._keep, self._group)
+        path = save(self._root, step, pieces, meta, self._world, self._keep, self._group)
+        if self._on_saved is not None:
+            self._on_saved(path)
 
     def _drained(self, pieces: deque[Piece]) -> Iterator[Piece]:
         """Yields the pieces and forgets them, so that memory is free as soon as it is written."""

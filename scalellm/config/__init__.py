@@ -1,5 +1,6 @@
 """Configuration: `schema` says what exists, `yaml_text` reads it, `explain` words the mistakes."""
 
+from scalellm.config.cluster import ClusterConfig, WorkerRange
 from scalellm.config.presets import PRESETS
 from scalellm.config.schema import (
     BatchPlan,
@@ -10,19 +11,19 @@ from scalellm.config.schema import (
     MetricsConfig,
     ModelConfig,
     RunConfig,
-    Section,
     StrategyConfig,
     TrainConfig,
     load_config,
     parse_config,
-    setting,
 )
+from scalellm.config.section import Section, setting
 from scalellm.config.yaml_text import read_yaml
 
 __all__ = [
     "PRESETS",
     "BatchPlan",
     "CheckpointConfig",
+    "ClusterConfig",
     "Config",
     "DataConfig",
     "EvalConfig",
@@ -32,6 +33,7 @@ __all__ = [
     "Section",
     "StrategyConfig",
     "TrainConfig",
+    "WorkerRange",
     "load_config",
     "parse_config",
     "read_yaml",

@@ -11,33 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from scalellm.config.cluster import ClusterConfig
 from scalellm.config.explain import explain
 from scalellm.config.presets import PRESETS
+from scalellm.config.section import Section, setting
 from scalellm.config.yaml_text import merge_overrides, read_yaml
 from scalellm.errors import ConfigError, did_you_mean
-
-
-def setting(default: Any, description: str, *, unit: str = "", **limits: Any) -> Any:
-    """A documented field: its meaning and unit, shown by `--help` and in error messages."""
-    return Field(default, description=description, json_schema_extra={"unit": unit}, **limits)
-
-
-class Section(BaseModel):
-    """A frozen part of the configuration that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_booleans_as_numbers(cls, given: Any) -> Any:
-        """YAML's `true` (and `yes`, `on`) would pass for 1."""
-        for name, value in given.items() if isinstance(given, dict) else ():
-            field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field and field.annotation is not bool:
-                raise ValueError(f"{name} takes no true or false, but a value: {field.description}")
-        return given
 
 
 class RunConfig(Section):
@@ -143,10 +124,6 @@ class StrategyConfig(BaseModel):
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
-
-
-class ClusterConfig(Section):
-    name: Literal["local"] = setting("local", "who starts the ranks")
 
 
 class TrainConfig(Section):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from scalellm import checkpoint, data, strategies
+from scalellm import checkpoint, data, launched, strategies
 from scalellm.config import BatchPlan, Config
 from scalellm.dist import World, detect, ranks, together
 from scalellm.errors import ConfigError
@@ -26,6 +26,8 @@ from scalellm.train.optimizer import make_adamw
 from scalellm.train.resume import find_checkpoint, load_run_state, save_run
 
 VALIDATION = "validation"
+# Ranks that are started again may meet those they replace, which are still saving.
+_HANDOVER_S = 180.0
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,14 @@ def run_training(config: Config, resume: str | None = None) -> Outcome:
         dataset = data.TokenDataset.open(config.data.path, "train")
         config = _with_vocabulary(config, dataset)
         check_resources(config, plan, world, strategy_class.sharding(options, world, config.train))
-        folder = stack.enter_context(_claimed(config, world, resuming=resume is not None))
+        resuming = resume is not None or world.restarts > 0
+        folder = stack.enter_context(_claimed(config, world, resuming=resuming))
         source = find_checkpoint(folder, resume, world)
         strategy = strategy_class(world, config.train, options)
         stack.callback(strategy.close)
         run = _build(config, world, strategy, plan, dataset, folder, source, stack)
         _announce(run, plan, dataset, source, world)
+        launched.tell("started", step=run.step, world_size=world.world_size)
         reason = train(run, stop)
         return Outcome(reason, run.step, folder.path, world.is_main)
 
@@ -105,6 +109,7 @@ def _build(
         world,
         keep=config.checkpoint.keep,
         asynchronous=config.checkpoint.asynchronous,
+        on_saved=lambda path: launched.tell("saved", path=str(path)),
     )
     stack.callback(saver.close)
     run = Run(
@@ -173,7 +178,7 @@ def _claimed(config: Config, world: World, *, resuming: bool) -> Iterator[RunFol
     folder = RunFolder(config.run.dir)
 
     def claim() -> None:
-        folder.claim(resuming=resuming)
+        folder.claim(resuming=resuming, wait_s=_HANDOVER_S if world.restarts else 0.0)
         check_disk(config, folder.path)
 
     try:

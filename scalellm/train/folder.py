@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -30,7 +31,17 @@ from scalellm.metrics import JSONL_NAME
 CONFIG_NAME = "config.yaml"
 CHECKPOINTS_NAME = "checkpoints"
 LOCK_NAME = ".lock"
-_PACKAGES = ("scalellm", "torch", "deepspeed", "accelerate", "numpy", "safetensors", "zstandard")
+_LOCK_POLL_S = 0.1
+_PACKAGES = (
+    "scalellm",
+    "torch",
+    "deepspeed",
+    "accelerate",
+    "ray",
+    "numpy",
+    "safetensors",
+    "zstandard",
+)
 
 
 class RunFolder:
@@ -42,8 +53,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / CHECKPOINTS_NAME
 
-    def claim(self, *, resuming: bool) -> None:
+    def claim(self, *, resuming: bool, wait_s: float = 0.0) -> None:
         """Creates the folder and locks it; one rank calls it.
+
+        Args:
+            wait_s: how long to wait for a process that holds it.
 
         Raises:
             ConfigError: another process trains into it, or it holds a run and nobody said resume.
@@ -55,18 +69,28 @@ class RunFolder:
             raise ConfigError(
                 f"run.dir={self.path} cannot be written: {error.strerror}; choose another"
             ) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not self._lock_it(wait_s):
             raise ConfigError(
                 f"run.dir={self.path} is in use by another training process; wait for it or choose "
                 "another run.dir"
-            ) from None
+            )
         if not resuming and (self.path / JSONL_NAME).exists():
             raise ConfigError(
                 f"run.dir={self.path} already holds a run: add --resume auto to go on with it, "
                 "or choose another run.dir"
             )
+
+    def _lock_it(self, wait_s: float) -> bool:
+        assert self._lock is not None
+        deadline_s = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except OSError:
+                if time.monotonic() >= deadline_s:
+                    return False
+            time.sleep(_LOCK_POLL_S)
 
     def describe(self, config: Config, world: World, tokenizer: Path | None) -> None:
         """Writes what is needed to understand and reuse the run without anything else."""

@@ -46,14 +46,21 @@ class _Meta(_Strict):
 def find_checkpoint(
     folder: RunFolder, resume: str | None, world: World
 ) -> checkpoint.Checkpoint | None:
-    """Returns what `--resume` asks for; all ranks agree on it, or all raise CheckpointError."""
-    if resume is None:
+    """Returns what `--resume` asks for; all ranks agree on it, or all raise CheckpointError.
+
+    Ranks that were started again go on where the run was, if it has saved; else they begin as they
+    were told to.
+    """
+    if resume is None and not world.restarts:
         return None
     if world.is_main:
         checkpoint.clean_up(folder.checkpoints)
     barrier()
-    if resume != "auto":
-        return checkpoint.open_together(Path(resume), world)
+    if resume not in (None, "auto"):
+        found = None
+        if world.restarts:
+            found, _ = checkpoint.latest_together(folder.checkpoints, world)
+        return found or checkpoint.open_together(Path(resume), world)
     found, num_passed_over = checkpoint.latest_together(folder.checkpoints, world)
     if found is None and num_passed_over:
         raise CheckpointError(

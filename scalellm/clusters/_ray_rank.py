@@ -1,0 +1,37 @@
+"""A training process below a Ray worker: `python -m scalellm`, tied to the worker's life.
+
+The worker holds the other end of a pipe, SCALELLM_LIFELINE_FD. A byte on it, or its end, which the
+system brings about even if the worker is killed, asks this rank to save and stop. A rank that
+cannot, because a peer is gone and its collective hangs, is ended after `GRACE_S`.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import threading
+import time
+
+GRACE_S = 120.0
+
+
+def main() -> None:
+    # Ray starts its processes with Ctrl-C blocked, and children inherit that.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    lifeline = int(os.environ["SCALELLM_LIFELINE_FD"])
+    threading.Thread(target=_follow, args=(lifeline,), daemon=True).start()
+    runpy.run_module("scalellm", run_name="__main__", alter_sys=True)
+
+
+def _follow(lifeline: int) -> None:
+    asked = os.read(lifeline, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    while asked:  # the worker waits for us; only its end sets a limit
+        asked = os.read(lifeline, 1)
+    time.sleep(GRACE_S)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

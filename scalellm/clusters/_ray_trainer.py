@@ -1,0 +1,99 @@
+"""The run as Ray Train sees it: workers, where they are placed, and what happens to them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from scalellm.clusters._ray_story import cause_of_loss
+from scalellm.clusters._ray_worker import LOG_FOLDER, work
+from scalellm.config import ClusterConfig, Config
+
+# Ranks that are to make room save first; those whose peers are gone cannot, and are not waited for.
+_LEAVE_WITHIN_S = 60.0
+_LEAVE_POLL_S = 0.2
+
+
+def make_trainer(config: Config, job: dict[str, Any]) -> Any:
+    """Returns a Ray Train trainer whose `fit()` runs `work(job)` on every worker."""
+    import ray.train
+    from ray.train.backend import Backend, BackendConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    class SharedGpus(Backend):
+        """Every rank of a node sees the GPUs of all of them, as under any launcher."""
+
+        share_cuda_visible_devices = True
+
+    class Ranks(BackendConfig):
+        """No process group: the ranks make it themselves."""
+
+        @property
+        def backend_cls(self) -> type[Backend]:
+            return SharedGpus
+
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    cluster = config.cluster
+    bounds = cluster.ranks
+    return DataParallelTrainer(
+        work,
+        train_loop_config=job,
+        backend_config=Ranks(),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(bounds.min, bounds.max) if cluster.is_elastic else bounds.max,
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker=_resources(cluster),
+            placement_strategy=_placement(cluster),
+            elastic_resize_monitor_interval_s=cluster.resize_every_s,
+        ),
+        run_config=ray.train.RunConfig(
+            name=time.strftime("%Y%m%d-%H%M%S"),
+            storage_path=str(config.run.dir / LOG_FOLDER),
+            # We count failures ourselves: a user's mistake and a node taken away are none.
+            failure_config=ray.train.FailureConfig(max_failures=-1, controller_failure_limit=-1),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            callbacks=[_watcher(job["board"])],
+        ),
+    )
+
+
+def _watcher(board: Any) -> Any:
+    """Returns what Ray's controller calls when a group of workers starts, fails and ends."""
+    import ray
+    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+    class Watcher(WorkerGroupCallback):
+        def after_worker_group_start(self, worker_group: Any) -> None:
+            nodes = [worker.metadata.node_ip for worker in worker_group.get_workers()]
+            ray.get(board.begin.remote(nodes))
+
+        def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+            errors = worker_group_status.errors
+            causes = {rank: cause_of_loss(error) for rank, error in errors.items()}
+            lost = {rank: text for rank, text in causes.items() if text}
+            if lost:
+                ray.get(board.lost.remote(lost))
+
+        def before_worker_group_shutdown(self, worker_group: Any) -> None:
+            deadline_s = time.monotonic() + _LEAVE_WITHIN_S
+            while time.monotonic() < deadline_s:
+                if not ray.get(board.leave.remote("a change of the cluster")):
+                    return
+                time.sleep(_LEAVE_POLL_S)
+
+    return Watcher()
+
+
+def _resources(cluster: ClusterConfig) -> dict[str, float]:
+    resources = {"CPU": cluster.cpus_per_worker, **cluster.resources_per_worker}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = cluster.gpus_per_worker
+    return resources
+
+
+def _placement(cluster: ClusterConfig) -> str:
+    """Ray's word for it; `nodes` of one worker each are meant to be so many."""
+    if cluster.nodes is None or cluster.nodes == 1:
+        return "STRICT_PACK" if cluster.nodes == 1 else cluster.placement.upper()
+    return "STRICT_SPREAD" if cluster.workers_per_node == 1 else "SPREAD"
