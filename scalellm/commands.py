@@ -15,6 +15,7 @@ from scalellm.errors import EXIT_DONE, EXIT_STOPPED_BY_SIGNAL, UserError, did_yo
 
 if TYPE_CHECKING:
     from scalellm.config import Config
+    from scalellm.dist import World
 
 Command = Callable[[Sequence[str]], int]
 
@@ -73,6 +74,11 @@ def _train(argv: Sequence[str]) -> int:
         world = replace(started, world_size=options.nproc or started.world_size)
         print(backend_json(config, world), end="")
         return EXIT_DONE
+    if options.nproc is not None and config.cluster.name == "ray":
+        raise UserError(
+            f"--nproc {options.nproc} starts ranks on this machine, but cluster.name=ray lets Ray "
+            "start them: set cluster.workers instead, or cluster.name=local"
+        )
     if options.nproc is not None and started.launcher in ("python", "sbatch"):
         resume = ["--resume", options.resume] if options.resume else []
         words = ["train", "--config", options.config, *resume, *words]
@@ -82,6 +88,8 @@ def _train(argv: Sequence[str]) -> int:
             f"--nproc {options.nproc} would start ranks, but {started.launcher} has started "
             f"{started.world_size} already; leave --nproc out"
         )
+    if config.cluster.name == "ray" and started.launcher != "ray":
+        return _start_on_ray(config, options.resume, started, argv)
     from scalellm.train import run_training
 
     outcome = run_training(config, options.resume)
@@ -102,6 +110,21 @@ def _start_ranks(config: Config, words: list[str], nproc: int) -> int:
     # Before processes start that would all say the same.
     check_config(config, World(world_size=nproc, launcher=f"--nproc {nproc}"))
     return launch(words, nproc)
+
+
+def _start_on_ray(config: Config, resume: str | None, started: World, argv: Sequence[str]) -> int:
+    if started.launcher != "python":
+        raise UserError(
+            f"cluster.name=ray starts the ranks itself, but {started.launcher} has started "
+            f"{started.world_size} already: start it with python, or set cluster.name=local"
+        )
+    from scalellm.clusters._ray_guard import guard, is_driver
+
+    if not is_driver():
+        return guard(argv, config.cluster)
+    from scalellm.clusters.ray import train_on_ray
+
+    return train_on_ray(config, resume)
 
 
 def _close(run_dir: Path, reason: str, step: int) -> None:
@@ -211,6 +234,12 @@ def _prepare(argv: Sequence[str]) -> int:
     parser.add_argument("--text-field", default="text", help="of .jsonl, .parquet and hf: sources")
     parser.add_argument("--limit-mb", type=float, help="use about so many MB of the source")
     parser.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
+    parser.add_argument("--engine", default="local", help="encode here (local) or on a Ray cluster")
+    parser.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="of the cluster; auto, or local to start one (default: one that runs, else local)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset at --out")
     options = parser.parse_args(argv)
     if options.limit_mb is not None and not 0 < options.limit_mb < 1e12:
@@ -230,6 +259,8 @@ def _prepare(argv: Sequence[str]) -> int:
             text_field=options.text_field,
             num_workers=options.workers,
             overwrite=options.overwrite,
+            engine=options.engine,
+            ray_address=options.ray_address,
             limit_bytes=None if options.limit_mb is None else int(options.limit_mb * 1e6),
         )
     )

@@ -21,12 +21,14 @@ class Status:
 
     Attributes:
         stop: why the ranks are to save and stop; None: go on.
-        saved: paths of the checkpoints of this attempt, oldest first.
+        kill: those that have not stopped yet will not: a peer is gone.
+        reports: paths of checkpoints that every worker is to report to Ray, oldest first.
         is_over: whether rank 0 has ended in this attempt, and not by dying.
     """
 
     stop: str | None = None
-    saved: list[str] = field(default_factory=list)
+    kill: bool = False
+    reports: list[str] = field(default_factory=list)
     is_over: bool = False
 
 
@@ -40,12 +42,14 @@ class Board:
         self._stop: str | None = None
         self._status = Status()
         self._training: set[int] = set()
+        self._has_died = False
 
     def begin(self, nodes: list[str]) -> None:
         """A new attempt; `nodes` are the addresses of the ranks' nodes. Ray's controller calls."""
         self._attempt += 1
         self._status = Status(stop=self._stop)
         self._training = set()
+        self._has_died = False
         self.post(self._attempt, [{"kind": "begun", "nodes": nodes}])
 
     def attempt(self) -> int:
@@ -67,10 +71,11 @@ class Board:
     def _note(self, event: Event) -> None:
         if event["kind"] == "spawned":
             self._training.add(event["rank"])
-        elif event["kind"] == "saved":
-            self._status.saved.append(event["path"])
+        elif event["kind"] == "reporting":
+            self._status.reports.append(event["path"])
         elif event["kind"] in ("exited", "lost"):
             self._training.discard(event["rank"])
+            self._has_died |= event.get("died", True)
             if event["kind"] == "exited" and event["rank"] == 0 and not event["died"]:
                 self._status.is_over = True
 
@@ -79,10 +84,18 @@ class Board:
         events = [{"kind": "lost", "rank": rank, "cause": text} for rank, text in ranks.items()]
         self.post(self._attempt, events)
 
-    def leave(self, reason: str) -> int:
-        """Asks the ranks of this attempt to save and stop; returns how many still train."""
+    def leave(self, reason: str) -> tuple[int, bool]:
+        """Asks the ranks of this attempt to save and stop.
+
+        Returns:
+            How many still train, and whether one of them has died.
+        """
         self._status.stop = reason
-        return len(self._training)
+        return len(self._training), self._has_died
+
+    def kill(self) -> None:
+        """Ends the ranks of this attempt at once."""
+        self._status.kill = True
 
     def read(self, start: int) -> tuple[int, list[Event]]:
         """Returns the events from number `start` on, and the number of the next one."""

@@ -10,8 +10,11 @@ from __future__ import annotations
 import os
 import runpy
 import signal
+import sys
 import threading
 import time
+
+from scalellm.errors import EXIT_STOPPED_BY_SIGNAL
 
 GRACE_S = 120.0
 
@@ -19,6 +22,8 @@ GRACE_S = 120.0
 def main() -> None:
     # Ray starts its processes with Ctrl-C blocked, and children inherit that.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    # While it trains, the training loop answers; before and after there is nothing to save.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_STOPPED_BY_SIGNAL))
     lifeline = int(os.environ["SCALELLM_LIFELINE_FD"])
     threading.Thread(target=_follow, args=(lifeline,), daemon=True).start()
     runpy.run_module("scalellm", run_name="__main__", alter_sys=True)

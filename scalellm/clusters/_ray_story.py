@@ -66,7 +66,7 @@ class Story:
             self._tell(event, f"node {event['node']} is being taken away: saving, then going on")
         elif kind == "exited" and event["code"] == EXIT_USER_ERROR:
             self.code = EXIT_USER_ERROR
-        elif kind == "lost" or (kind == "exited" and event["died"] and not event["preempted"]):
+        elif kind == "lost" or (kind == "exited" and event["died"]):
             self._on_failure(event)
 
     def tick(self) -> None:
@@ -75,10 +75,13 @@ class Story:
             return
         event = min(self._gathering, key=_says_less)
         self._gathering = []
-        self._failures += 1
         who = f"rank {event['rank']}"
         node = event.get("node") or self._nodes.get(event["rank"])
         words = f"{who} on {node} {event['cause']}" if node else f"{who} {event['cause']}"
+        if event.get("preempted"):
+            self._tell(event, f"{words}; going on from there")
+            return
+        self._failures += 1
         if self._max_failures < 0:
             count = f"failure {self._failures}"
         else:
@@ -132,9 +135,11 @@ class Story:
 
 
 def _says_less(event: Event) -> int:
-    """Ranks what is known of a failure: the cause itself, a node that is gone, a broken peer."""
+    """Orders what is known of a failure: the cause itself, a node that is gone, a broken peer."""
     if event["kind"] == "lost":
         return 1
+    if event["preempted"]:
+        return 3
     return 2 if any(word in event["cause"] for word in _PEER_LOST) else 0
 
 

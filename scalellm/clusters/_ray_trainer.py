@@ -7,11 +7,12 @@ import time
 from typing import Any
 
 from scalellm.clusters._ray_story import cause_of_loss
-from scalellm.clusters._ray_worker import LOG_FOLDER, work
+from scalellm.clusters._ray_worker import LOG_FOLDER, POLL_S, work
 from scalellm.config import ClusterConfig, Config
 
-# Ranks that are to make room save first; those whose peers are gone cannot, and are not waited for.
-_LEAVE_WITHIN_S = 60.0
+# Ranks that are to make room save first; those whose peers are gone may hang in a collective.
+_LEAVE_WITHIN_S = 120.0
+_FAIL_WITHIN_S = 5.0
 _LEAVE_POLL_S = 0.2
 
 
@@ -76,11 +77,17 @@ def _watcher(board: Any) -> Any:
                 ray.get(board.lost.remote(lost))
 
         def before_worker_group_shutdown(self, worker_group: Any) -> None:
-            deadline_s = time.monotonic() + _LEAVE_WITHIN_S
-            while time.monotonic() < deadline_s:
-                if not ray.get(board.leave.remote("a change of the cluster")):
+            started_s = time.monotonic()
+            while True:
+                num_left, has_died = ray.get(board.leave.remote("a change of the cluster"))
+                patience_s = _FAIL_WITHIN_S if has_died else _LEAVE_WITHIN_S
+                if not num_left:
                     return
+                if time.monotonic() - started_s > patience_s:
+                    break
                 time.sleep(_LEAVE_POLL_S)
+            ray.get(board.kill.remote())
+            time.sleep(2 * POLL_S)
 
     return Watcher()
 

@@ -25,6 +25,7 @@ from scalellm.clusters._ray_board import Event, Status
 from scalellm.errors import EXIT_DONE, EXIT_STOPPED_BY_SIGNAL, EXIT_USER_ERROR
 
 POLL_S = 0.4
+_REPORT_WITHIN_S = 30.0
 TRACEBACK = "Traceback (most recent call last):"
 LOG_FOLDER = "ray"
 
@@ -94,7 +95,11 @@ class _Watch:
         self._lifeline = -1
         self._readers: list[threading.Thread] = []
         self._last_words: deque[str] = deque(maxlen=200)
-        self._num_reported = 0
+        self._newest_save: str | None = None
+        self._num_chosen = self._num_reported = self._num_done = 0
+        self._reports: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._reporter = threading.Thread(target=self._report_all, daemon=True)
+        self._reporter.start()
         self._is_asked_to_stop = False
 
     def say(self, kind: str, **values: Any) -> None:
@@ -154,6 +159,7 @@ class _Watch:
                 return self._end(code)
             status = self._exchange()
             if status.is_over and self._process is None:
+                self._finish_reports()
                 return EXIT_DONE
             if _is_preempted() and not self._is_asked_to_stop:
                 self.say("preempted")
@@ -163,6 +169,7 @@ class _Watch:
     def _exchange(self) -> Status:
         import ray
 
+        self._choose_report()
         events: list[Event] = []
         while not self._events.empty():
             events.append(self._events.get())
@@ -173,15 +180,30 @@ class _Watch:
             return Status(stop="the driver's end")
         if status.stop:
             self._ask_to_stop()
-        for path in status.saved[self._num_reported :]:
-            self._report(path)
+        if status.kill and self._process is not None:
+            self._process.kill()
+        for path in status.reports[self._num_reported :]:
+            self._num_reported += 1
+            self._reports.put(path)
         return status
 
+    def _report_all(self) -> None:
+        """A barrier of all workers, so a thread of its own: one that has died is waited for."""
+        while (path := self._reports.get()) is not None:
+            self._report(path)
+            self._num_done += 1
+
+    def _choose_report(self) -> None:
+        """Rank 0 says what to report, one at a time: Ray takes seconds, saves may come faster."""
+        if self._newest_save is not None and self._num_done == self._num_chosen:
+            self._num_chosen += 1
+            self.say("reporting", path=self._newest_save)
+            self._newest_save = None
+
     def _report(self, path: str) -> None:
-        """Gives Ray the path of a checkpoint and the last metrics; a barrier of all workers."""
+        """Gives Ray the path of a checkpoint and the last metrics."""
         import ray.train
 
-        self._num_reported += 1
         metrics = _last_row(Path(self._job["run_dir"], "metrics.jsonl")) | {"checkpoint": path}
         pointer = None
         with tempfile.TemporaryDirectory(prefix="scalellm-pointer-") as folder:
@@ -212,7 +234,12 @@ class _Watch:
         while not status.is_over and status.stop != "the driver's end":
             time.sleep(POLL_S)
             status = self._exchange()
+        self._finish_reports()
         return code
+
+    def _finish_reports(self) -> None:
+        self._reports.put(None)
+        self._reporter.join(timeout=_REPORT_WITHIN_S)
 
     def _read_text(self, folder: str) -> None:
         """Passes on lines, but keeps tracebacks: of forty, one line at the end is enough."""
@@ -225,7 +252,7 @@ class _Watch:
                 file.write(line)
                 file.flush()
                 text = line.decode(errors="replace").rstrip("\n")
-                in_traceback = in_traceback or text.startswith(TRACEBACK)
+                in_traceback = in_traceback or TRACEBACK in text
                 self._last_words.append(text)
                 if not in_traceback:
                     self.say("line", text=text)
@@ -238,6 +265,7 @@ class _Watch:
                 event = json.loads(line)
                 if self._rank == 0:
                     self.say(**event)
+                    self._newest_save = event.get("path", self._newest_save)
 
 
 def _without_ray(environment: Any) -> dict[str, str]:

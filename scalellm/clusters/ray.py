@@ -20,18 +20,20 @@ from types import FrameType
 from typing import Any
 
 from scalellm.clusters._ray_board import Board
+from scalellm.clusters._ray_guard import ADDRESS, DRIVER, tell
 from scalellm.clusters._ray_story import JOURNAL, Story
 from scalellm.clusters._ray_trainer import make_trainer
-from scalellm.clusters._ray_worker import LOG_FOLDER
+from scalellm.clusters._ray_worker import LOG_FOLDER, POLL_S
 from scalellm.config import Config
 from scalellm.dist import World, available_cores
-from scalellm.errors import EXIT_FAILURE, EXIT_USER_ERROR, ConfigError
+from scalellm.errors import EXIT_FAILURE, EXIT_USER_ERROR, ConfigError, UserError
 from scalellm.ray_session import Session, ray_session
 from scalellm.train import check_config
 from scalellm.train.folder import dump_config
 
 _POLL_S = 0.2
 _WAITING_EVERY_S = 30.0
+_LOST_AFTER_S = 45.0
 # Read by Ray when it is imported, in this process and in those it starts for us.
 _RAY_SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -44,20 +46,35 @@ _RAY_SETTINGS = {
 
 
 def train_on_ray(config: Config, resume: str | None = None) -> int:
-    """Trains as `config` says on a Ray cluster; returns the exit code.
+    """Trains as `config` says on a Ray cluster; returns the exit code. For a driver of `guard`.
 
     SIGTERM and Ctrl-C ask all ranks to save and stop.
 
     Raises:
         UserError: a mistake that shows before any rank starts.
     """
+    code = EXIT_FAILURE
+    try:
+        code = _train_on_ray(config, resume)
+    except UserError:
+        code = EXIT_USER_ERROR
+        raise
+    finally:
+        tell("code", code)
+    return code
+
+
+def _train_on_ray(config: Config, resume: str | None) -> int:
     usable = usable_ranks(config)
     config = with_absolute_paths(config)
     for name, value in _RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     cluster = config.cluster
     num_cpus = max(available_cores(), round(cluster.ranks.max * cluster.cpus_per_worker + 0.5))
-    with _stop_asked() as stop, ray_session(cluster.address, num_cpus=num_cpus) as session:
+    address = os.environ.get(ADDRESS) or cluster.address
+    with _stop_asked() as stop, ray_session(address, num_cpus=num_cpus) as session:
+        if not session.is_local:
+            tell("address", session.address)
         _check_room(config, session)
         code = _Driver(config, resume, usable, stop).run()
     if code == EXIT_USER_ERROR:
@@ -112,6 +129,8 @@ class _Driver:
 
     def run(self) -> int:
         """Returns the exit code of the run."""
+        import ray
+
         thread = threading.Thread(target=self._fit, daemon=True)
         thread.start()
         waiting_since_s, said_s, next_event, told = time.monotonic(), 0.0, 0, False
@@ -134,6 +153,8 @@ class _Driver:
         time.sleep(2 * _POLL_S if self._story.code is not None else 0.0)  # the last words
         self._listen(next_event)
         if self._story.code is not None:
+            ray.get(self._board.kill.remote(), timeout=_LOST_AFTER_S)
+            time.sleep(2 * POLL_S)
             return self._story.code
         if self._error is not None:
             first = (str(self._error).strip() or repr(self._error)).splitlines()[0]
@@ -144,7 +165,10 @@ class _Driver:
     def _listen(self, start: int) -> int:
         import ray
 
-        end, events = ray.get(self._board.read.remote(start))
+        try:
+            end, events = ray.get(self._board.read.remote(start), timeout=_LOST_AFTER_S)
+        except ray.exceptions.RayError:
+            os._exit(EXIT_FAILURE)  # without a word to the guard; ray.shutdown() might hang
         for event in events:
             self._story.take(event)
         self._story.tick()
@@ -171,7 +195,7 @@ class _Driver:
             job = {
                 "config": dump_config(self._config),
                 "resume": self._resume,
-                "restarts": 0,
+                "restarts": int(os.environ[DRIVER]),
                 "run_dir": str(self._config.run.dir),
                 "path": [os.getcwd()],
                 "usable": self._usable,
