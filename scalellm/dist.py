@@ -195,18 +195,20 @@ def interface_towards(host: str) -> str | None:
     """Names the network interface over which this machine reaches `host`; None if unknown.
 
     Gloo itself asks what its own host name means, which on many machines is 127.0.1.1: the other
-    hosts are then told to connect to themselves.
+    hosts are then told to connect to themselves. If `host` is this machine by such a name, it is
+    the interface that leads out of here.
     """
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)  # asks the routing table; nothing is sent
-            own_address = probe.getsockname()[0]
-            for _, name in socket.if_nameindex():
-                if family == socket.AF_INET and _ipv4_address(probe, name) == own_address:
-                    return name
-    except OSError:
-        pass
+    for target in (host, _ELSEWHERE):
+        try:
+            address = socket.getaddrinfo(target, 1, socket.AF_INET, socket.SOCK_DGRAM)[0][4]
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                probe.connect(address)  # asks the routing table; nothing is sent
+                own_address = probe.getsockname()[0]
+                for _, name in socket.if_nameindex():
+                    if _ipv4_address(probe, name) == own_address and name != "lo":
+                        return name
+        except OSError:
+            continue
     return None
 
 
@@ -220,6 +222,7 @@ def _ipv4_address(probe: socket.socket, interface: str) -> str | None:
 
 
 _SIOCGIFADDR = 0x8915  # Linux: see netdevice(7)
+_ELSEWHERE = "192.0.2.1"  # nobody's, see RFC 5737: the way to it is the default route
 
 
 def side_group() -> Group:

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,13 +30,17 @@ LOCAL = "local"
 _AUTO = "auto"
 _CONNECT_WITHIN_S = 5.0
 _JOIN_WITHIN_S = 20.0
+_END_WITHIN_S = 3.0
 _REMOVE_WITHIN_S = 5.0
+# In the environment of all that belongs to a cluster of our own: its folder.
+_MARK = "SCALELLM_RAY_FOLDER"
 # Sockets lie in Ray's folder, 66 characters below it, and their paths end at 107.
 _MAX_TMP_CHARS = 24
 _LOOPBACK = "127.0.0.1"
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS": "0",
+    # What raylets say of workers that died, which Ray prints although asked not to.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -181,9 +185,10 @@ def _join(found: str, asked: str | None) -> Iterator[None]:
 def _try_to_join(address: str, found: str) -> None:
     command = [sys.executable, "-c", _JOIN, address]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_JOIN_WITHIN_S, check=False
-        )
+        with _environment({"RAY_NUM_REDIS_GET_RETRIES": "3"}):  # a second each
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=_JOIN_WITHIN_S, check=False
+            )
         problem = json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
         raise UserError(
@@ -224,7 +229,7 @@ def _start_here(num_cpus: int | None) -> Iterator[None]:
     folder = Path(tempfile.mkdtemp(prefix="slm-ray-", dir=parent))
     token = {} if _has_own_token() else {"RAY_AUTH_TOKEN": _TOKEN}
     try:
-        with _environment(_LOCAL | token), _loopback_kept():
+        with _environment(_LOCAL | token | {_MARK: str(folder)}), _loopback_kept():
             with _handlers_kept():
                 _refresh_auth_mode()
                 ray.init(
@@ -239,6 +244,7 @@ def _start_here(num_cpus: int | None) -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
+        _end_the_rest(folder)
         _remove(folder)
 
 
@@ -267,6 +273,36 @@ def _loopback_kept() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _end_the_rest(folder: Path) -> None:
+    """Ends what `ray.shutdown` has left.
+
+    A signal to the whole group ends Ray's node manager before it can end its helpers, which then
+    look for it for up to a minute.
+    """
+    deadline_s = time.monotonic() + _END_WITHIN_S
+    while (left := _processes_of(folder)) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    for pid in left:
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _processes_of(folder: Path) -> list[int]:
+    """Processes of the cluster in `folder`, where the system shows them (Linux)."""
+    mark, found = f"{_MARK}={folder}\0".encode(), []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            is_marked = mark in (process / "environ").read_bytes() + b"\0"
+            # What this process has started itself is its own business.
+            if is_marked and _parent_of(process) != os.getpid():
+                found.append(int(process.name))
+    return found
+
+
+def _parent_of(process: Path) -> int:
+    return int((process / "stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _remove(folder: Path) -> None:

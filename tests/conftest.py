@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+from helpers.hosts import Hosts, why_not
 from helpers.ranks import run_ranks
 
 from scalellm.config import Config, parse_config
@@ -82,3 +84,12 @@ def ranks(tmp_path: Path) -> Callable[..., list[Any]]:
         return run_ranks(function, world_size, tmp_path, *arguments)
 
     return run
+
+
+@pytest.fixture
+def hosts() -> Iterator[Callable[[int], Hosts]]:
+    """`first, second = hosts(2)`: machines that end with the test; see helpers/hosts.py."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with ExitStack() as stack:
+        yield lambda count: stack.enter_context(Hosts(count))

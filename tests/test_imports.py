@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "scalellm"
 LAYERS = [
     {"__init__", "errors", "durable"},
     {"launched"},
-    {"config", "dist"},
+    {"config", "dist", "ray_session"},
     {"model", "data", "metrics"},
     {"batches", "report"},
     {"strategies"},

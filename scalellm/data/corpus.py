@@ -15,10 +15,11 @@ from scalellm.data.sources import Source, open_sources
 from scalellm.data.split import TRAIN, VALIDATION, assign_splits
 from scalellm.data.tokenizer import TRAINED_KINDS, load_tokenizer
 from scalellm.data.tokenizer_training import check_vocab_size
-from scalellm.errors import UserError
+from scalellm.errors import UserError, did_you_mean
 
 # Raised when the same options begin to mean another dataset.
 _PIPELINE_VERSION = 1
+ENGINES = ("local", "ray")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class PrepareOptions:
         overwrite: replace a dataset made from other sources or with other options.
         seed: another seed draws other validation documents and another tokenizer sample.
         limit_bytes: at most about so many bytes of text of each source, or None.
+        engine: "local" encodes in processes of this machine, "ray" on a Ray cluster; never
+            changes the result.
+        ray_address: HOST:PORT of the cluster, "auto" or "local"; None: one that runs, else local.
     """
 
     sources: tuple[str, ...]
@@ -55,6 +59,8 @@ class PrepareOptions:
     overwrite: bool = False
     seed: int = 0
     limit_bytes: int | None = None
+    engine: str = ENGINES[0]
+    ray_address: str | None = None
 
     def __post_init__(self) -> None:
         limits = (
@@ -72,6 +78,14 @@ class PrepareOptions:
         for name, value, fits, limit in limits:
             if not fits:
                 raise UserError(f"{name}={value} is out of range; it must be {limit}")
+        if self.engine not in ENGINES:
+            near = did_you_mean(self.engine, ENGINES)
+            raise UserError(f"engine={self.engine!r} is not one of {', '.join(ENGINES)}{near}")
+        if self.ray_address is not None and self.engine != "ray":
+            raise UserError(
+                f"ray_address={self.ray_address!r} has no use with engine={self.engine!r}; set "
+                "engine=ray"
+            )
         check_encoding_name(self.encoding)
         if self.trains_tokenizer:
             check_vocab_size(self.tokenizer, self.vocab_size)

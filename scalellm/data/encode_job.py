@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,10 @@ class Encoded:
         rows = zip(self.splits, starts, self.ends_D, self.text_bytes, self.text_words, strict=True)
         for split, start, end, text_bytes, text_words in rows:
             yield split, self.tokens[start:end], text_bytes, text_words
+
+
+# Batches and a tokenizer file in, the encoded batches out, in order.
+Encode = Callable[[Iterable[SplitTexts], Path], Generator[Encoded, None, None]]
 
 
 def batches(texts: Iterable[tuple[str, str]]) -> Iterator[SplitTexts]:

@@ -2,7 +2,8 @@
 
 The corpus is never in memory. It is read once to train a tokenizer (from a bounded sample of the
 train documents) and once to encode; with a tokenizer file only once. The same sources and options
-give the same dataset, byte for byte, with any number of workers.
+give the same dataset, byte for byte, with any number of workers, on this machine or on a Ray
+cluster.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from scalellm.data import encode_job
 from scalellm.data.corpus import Corpus, PrepareOptions
 from scalellm.data.documents import Tally
+from scalellm.data.encode_job import Encode, Encoded, SplitTexts
 from scalellm.data.format import MANIFEST, load_manifest
 from scalellm.data.pool import call_in_process, ordered_map, sigterm_as_interrupt
 from scalellm.data.prepare_report import PrepareReport, SplitReport
@@ -58,13 +60,31 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> PrepareReport:
     if reused is not None:
         return reused
     _refuse_unwritable(options.out)
-    with sigterm_as_interrupt(), tempfile.TemporaryDirectory(prefix="scalellm-") as scratch:
+    with (
+        sigterm_as_interrupt(),
+        tempfile.TemporaryDirectory(prefix="scalellm-") as scratch,
+        _engine(options) as encode,
+    ):
         show = _Progress(progress)
         tokenizer = _tokenizer_for(options, corpus, Path(scratch), show)
         training_s = time.perf_counter() - started
-        report = _encode(options, corpus, tokenizer, show)
+        report = _encode(options, corpus, tokenizer, encode, show)
     seconds = time.perf_counter() - started
     return replace(report, seconds=seconds, training_s=training_s)
+
+
+def _engine(options: PrepareOptions) -> AbstractContextManager[Encode]:
+    """Gives what encodes. Entered first of all: a cluster that cannot be joined costs no work."""
+    if options.engine == "ray":
+        from scalellm.data.ray_engine import ray_engine
+
+        return ray_engine(options.ray_address, options.num_workers)
+    num_workers = options.num_workers or _cores()
+
+    def encode(batches: Iterable[SplitTexts], file: Path) -> Generator[Encoded, None, None]:
+        return ordered_map(encode_job.encode, batches, num_workers, encode_job.load, (file,))
+
+    return nullcontext(encode)
 
 
 class _Progress:
@@ -122,18 +142,16 @@ def _train(kind: str, texts: list[str], vocab_size: int, out: Path) -> None:
 
 
 def _encode(
-    options: PrepareOptions, corpus: Corpus, tokenizer: Tokenizer, show: _Progress
+    options: PrepareOptions,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    encode: Encode,
+    show: _Progress,
 ) -> PrepareReport:
     """Writes the dataset; the report lacks only the times before."""
     started = time.perf_counter()
     tally, counts, unknown_tokens = Tally(), _Counts(), 0
-    encoded = ordered_map(
-        encode_job.encode,
-        encode_job.batches(corpus.split_texts(tally)),
-        options.num_workers or _cores(),
-        encode_job.load,
-        (tokenizer.file,),
-    )
+    encoded = encode(encode_job.batches(corpus.split_texts(tally)), tokenizer.file)
     writer = DatasetWriter(
         options.out,
         vocab_size=tokenizer.vocab_size,
