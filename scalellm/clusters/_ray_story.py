@@ -148,10 +148,10 @@ def cause_of_loss(error: BaseException) -> str:
     text = str(error)
     if "RankDiedError" in text:
         return ""  # it has told us itself
-    if "node" in text and ("died" in text or "dead" in text or "preempted" in text):
-        return "is gone: its node died or was cut off"
-    if "killed" in text or "died" in text:
+    if "worker process has died" in text:
         return "is gone: its Ray worker was killed (out of memory?)"
+    if "node" in text and ("died" in text or "dead" in text):
+        return "is gone: its node died or was cut off"
     first: str = (text.strip() or repr(error)).splitlines()[0]
     return f"is gone: {first[:200]}"
 

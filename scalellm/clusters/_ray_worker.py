@@ -107,23 +107,18 @@ class _Watch:
 
     def start(self, environment: dict[str, str]) -> None:
         """Starts the rank and the threads that read what it says."""
-        folder = tempfile.mkdtemp(prefix="scalellm-rank-")
-        config = Path(folder, "config.yaml")
-        config.write_text(self._job["config"], encoding="utf-8")
+        # By a pipe, which holds more than a config: a worker that is killed leaves no file.
+        config, config_end = os.pipe()
+        os.write(config_end, self._job["config"].encode())
+        os.close(config_end)
         lifeline, self._lifeline = os.pipe()
         events, events_end = os.pipe()
         resume = ["--resume", self._job["resume"]] if self._job["resume"] else []
         paths = [*(path for path in sys.path if path), *self._job["path"]]
+        module = __name__.replace("worker", "rank")
+        command = [sys.executable, "-m", module, "train", "--config", f"/dev/fd/{config}"]
         self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                __name__.replace("worker", "rank"),
-                "train",
-                "--config",
-                config,
-                *resume,
-            ],
+            [*command, *resume],
             env=_without_ray(os.environ)
             | environment
             | {
@@ -137,12 +132,12 @@ class _Watch:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            pass_fds=(lifeline, events_end),
+            pass_fds=(config, lifeline, events_end),
         )
-        os.close(lifeline)
-        os.close(events_end)
+        for descriptor in (config, lifeline, events_end):
+            os.close(descriptor)
         self.say("spawned", pid=self._process.pid)
-        for target, arguments in ((self._read_text, (folder,)), (self._read_events, (events,))):
+        for target, arguments in ((self._read_text, ()), (self._read_events, (events,))):
             thread = threading.Thread(target=target, args=arguments, daemon=True)
             thread.start()
             self._readers.append(thread)
@@ -241,7 +236,7 @@ class _Watch:
         self._reports.put(None)
         self._reporter.join(timeout=_REPORT_WITHIN_S)
 
-    def _read_text(self, folder: str) -> None:
+    def _read_text(self) -> None:
         """Passes on lines, but keeps tracebacks: of forty, one line at the end is enough."""
         assert self._process is not None and self._process.stdout is not None
         log = Path(self._job["run_dir"], LOG_FOLDER, f"rank-{self._rank}.log")
@@ -256,8 +251,6 @@ class _Watch:
                 self._last_words.append(text)
                 if not in_traceback:
                     self.say("line", text=text)
-        Path(folder, "config.yaml").unlink()
-        os.rmdir(folder)
 
     def _read_events(self, descriptor: int) -> None:
         with os.fdopen(descriptor) as lines:

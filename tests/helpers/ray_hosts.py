@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +71,10 @@ class Driver:
         self, host: Host, address: str, values: dict[str, Any], logs: Path, words: tuple[str, ...]
     ) -> None:
         self.run_dir = Path(values["run"]["dir"])
-        config = logs / f"{self.run_dir.name}.yaml"
+        config = logs / f"{uuid.uuid4().hex[:8]}.yaml"
         config.write_text(yaml.safe_dump(values))
-        self._log = logs / f"{self.run_dir.name}.log"
-        with self._log.open("a") as log:
+        self._log = logs / f"{uuid.uuid4().hex[:8]}.log"
+        with self._log.open("w") as log:
             self.process: HostProcess = host.start(
                 [*TRAIN, "--config", str(config), f"cluster.address={address}", *words],
                 env=ENVIRONMENT,
@@ -119,19 +121,14 @@ class Driver:
 
     def rank_pid(self, rank: int) -> int:
         """The process of a rank of the newest start, as seen from outside of all hosts."""
-        mark = f"RANK={rank}".encode()
-        directory = str(self.run_dir).encode()
+        wanted = {f"RANK={rank}".encode(), b"SCALELLM_LAUNCHER=ray"}
+        found = []
         for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                environment = (folder / "environ").read_bytes().split(b"\0")
-                if mark in environment and b"SCALELLM_LAUNCHER=ray" in environment:
-                    config = (folder / "cmdline").read_bytes().split(b"\0")[5]
-                    root = folder / "root"
-                    if directory in (root / config.decode().lstrip("/")).read_bytes():
-                        return int(folder.name)
-            except (OSError, IndexError):
-                continue
-        raise AssertionError(f"rank {rank} runs nowhere")
+            with suppress(OSError):
+                if wanted <= set((folder / "environ").read_bytes().split(b"\0")):
+                    found.append(int(folder.name))
+        assert found, f"rank {rank} runs nowhere"
+        return max(found)
 
 
 def losses_in(run_dir: Path) -> list[float]:
