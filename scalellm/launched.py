@@ -121,11 +121,15 @@ def restarts() -> int:
     return read_int("SCALELLM_RESTARTS", read_int("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+told: set[str] = set()  # what this process has said
+
+
 def tell(kind: str, **values: Any) -> None:
     """Says to a cluster that watches this rank what happened; to nobody, if none does.
 
     One JSON line on the file descriptor SCALELLM_EVENTS_FD: `{"kind": kind, **values}`.
     """
+    told.add(kind)
     descriptor = read_int("SCALELLM_EVENTS_FD", -1)
     if descriptor < 0:
         return

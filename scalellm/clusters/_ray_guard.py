@@ -60,9 +60,10 @@ def guard(arguments: Sequence[str], cluster: ClusterConfig) -> int:
             if 0 <= max_failures < number:
                 _say(f"lost the Ray cluster {number} times (cluster.max_failures={max_failures})")
                 return EXIT_FAILURE
+            limit = f" of at most {max_failures}" if max_failures >= 0 else ""
             _say(
                 "lost the Ray cluster; its ranks save and stop by themselves. Going on when it "
-                f"answers (failure {number} of at most {max_failures})"
+                f"answers (failure {number}{limit})"
             )
             if not guarded.wait_for_cluster(cluster.wait_for_nodes_s):
                 _say(
@@ -118,7 +119,7 @@ class _Guarded:
             if self.is_asked_to_stop or not host:
                 return True
             try:
-                socket.create_connection((host, int(port)), _AGAIN_AFTER_S).close()
+                socket.create_connection((host.strip("[]"), int(port)), _AGAIN_AFTER_S).close()
                 return True
             except OSError:
                 if time.monotonic() > deadline_s:

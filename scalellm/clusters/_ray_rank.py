@@ -13,7 +13,9 @@ import signal
 import sys
 import threading
 import time
+from types import FrameType
 
+from scalellm import launched
 from scalellm.errors import EXIT_STOPPED_BY_SIGNAL
 
 GRACE_S = 120.0
@@ -22,11 +24,16 @@ GRACE_S = 120.0
 def main() -> None:
     # Ray starts its processes with Ctrl-C blocked, and children inherit that.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    # While it trains, the training loop answers; before and after there is nothing to save.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(EXIT_STOPPED_BY_SIGNAL))
+    signal.signal(signal.SIGTERM, _on_signal)
     lifeline = int(os.environ["SCALELLM_LIFELINE_FD"])
     threading.Thread(target=_follow, args=(lifeline,), daemon=True).start()
     runpy.run_module("scalellm", run_name="__main__", alter_sys=True)
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    """While it trains, the loop answers. Before there is nothing to save; after, it ends anyway."""
+    if "started" not in launched.told:
+        sys.exit(EXIT_STOPPED_BY_SIGNAL)
 
 
 def _follow(lifeline: int) -> None:

@@ -13,10 +13,12 @@ from typing import Any
 from scalellm.clusters._ray_board import Event
 from scalellm.errors import EXIT_FAILURE, EXIT_USER_ERROR
 
+NODE_DIED = "is gone: its node died or was cut off"
 JOURNAL = "cluster.jsonl"
 # When a rank dies its peers fail too: how long to wait for the one that knows why.
 _GATHER_S = 1.5
-_PEER_LOST = ("onnection", "gloo", "nccl", "NCCL", "DistNetworkError", "peer", "ranks failed")
+_GATHER_LONGER_S = 4.0  # as long as all that is known is that somebody else is gone
+_PEER_LOST = ("lost another rank", "NCCL", "DistNetworkError", "ranks failed")
 
 
 class Story:
@@ -71,8 +73,10 @@ class Story:
 
     def tick(self) -> None:
         """Call it often: says what was gathered of a failure once nothing more is to come."""
-        if not self._gathering or time.time() < self._gather_until_s:
-            return
+        if self._gathering and time.time() >= self._gather_until_s:
+            self._conclude()
+
+    def _conclude(self) -> None:
         event = min(self._gathering, key=_says_less)
         self._gathering = []
         who = f"rank {event['rank']}"
@@ -106,7 +110,7 @@ class Story:
             self._failed_s = None
             self._tell(
                 event | {"kind": "recovered", "recovery_s": recovery_s},
-                f"{words} on {', '.join(nodes)}, {recovery_s:.1f} s after the failure",
+                f"{words} on {', '.join(nodes)}, {recovery_s:.1f} s later",
             )
         else:
             self._tell(
@@ -115,14 +119,19 @@ class Story:
 
     def _on_failure(self, event: Event) -> None:
         self.has_room = False
+        if self._gathering and event["attempt"] != self._gathering[0]["attempt"]:
+            self._conclude()
         if event["attempt"] in self._failed_attempts:
             if self._gathering:
                 self._gathering.append(event)
+                if _says_less(event) < 2:
+                    self._gather_until_s = min(self._gather_until_s, time.time() + _GATHER_S)
             return
         self._failed_attempts.add(event["attempt"])
         self._failed_s = event["time_s"]
         self._gathering = [event]
-        self._gather_until_s = time.time() + _GATHER_S
+        patience_s = _GATHER_S if _says_less(event) < 2 else _GATHER_LONGER_S
+        self._gather_until_s = time.time() + patience_s
 
     def _tell(self, event: Event, words: str) -> None:
         self._say(f"scalellm: {words}")
@@ -151,7 +160,7 @@ def cause_of_loss(error: BaseException) -> str:
     if "worker process has died" in text:
         return "is gone: its Ray worker was killed (out of memory?)"
     if "node" in text and ("died" in text or "dead" in text):
-        return "is gone: its node died or was cut off"
+        return NODE_DIED
     first: str = (text.strip() or repr(error)).splitlines()[0]
     return f"is gone: {first[:200]}"
 

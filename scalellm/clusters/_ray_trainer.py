@@ -6,7 +6,7 @@ import logging
 import time
 from typing import Any
 
-from scalellm.clusters._ray_story import cause_of_loss
+from scalellm.clusters._ray_story import NODE_DIED, cause_of_loss
 from scalellm.clusters._ray_worker import LOG_FOLDER, POLL_S, work
 from scalellm.config import ClusterConfig, Config
 
@@ -14,6 +14,8 @@ from scalellm.config import ClusterConfig, Config
 _LEAVE_WITHIN_S = 120.0
 _FAIL_WITHIN_S = 5.0
 _LEAVE_POLL_S = 0.2
+# How long Ray may take to notice that a node is gone, after its peers have.
+_NODE_DEATH_S = 2.0
 
 
 def make_trainer(config: Config, job: dict[str, Any]) -> Any:
@@ -66,13 +68,18 @@ def _watcher(board: Any) -> Any:
 
     class Watcher(WorkerGroupCallback):
         def after_worker_group_start(self, worker_group: Any) -> None:
-            nodes = [worker.metadata.node_ip for worker in worker_group.get_workers()]
-            ray.get(board.begin.remote(nodes))
+            self._nodes = [worker.metadata.node_ip for worker in worker_group.get_workers()]
+            ray.get(board.begin.remote(self._nodes))
 
         def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
             errors = worker_group_status.errors
             causes = {rank: cause_of_loss(error) for rank, error in errors.items()}
             lost = {rank: text for rank, text in causes.items() if text}
+            if errors and not lost:  # those who are left spoke first
+                time.sleep(_NODE_DEATH_S)
+                alive = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+                gone = [rank for rank, node in enumerate(self._nodes) if node not in alive]
+                lost = dict.fromkeys(gone, NODE_DIED)
             if lost:
                 ray.get(board.lost.remote(lost))
 

@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -210,11 +212,13 @@ class _Watch:
     def _ask_to_stop(self) -> None:
         if self._lifeline >= 0 and not self._is_asked_to_stop:
             self._is_asked_to_stop = True
-            os.write(self._lifeline, b"s")
+            with suppress(BrokenPipeError):  # it has ended
+                os.write(self._lifeline, b"s")
 
     def _end(self, code: int) -> int:
         for reader in self._readers:
             reader.join(timeout=10.0)
+        self._exchange()  # another rank may have heard the order to stop before this worker did
         os.close(self._lifeline)
         self._lifeline = -1
         preempted = code == EXIT_STOPPED_BY_SIGNAL and (
@@ -283,21 +287,24 @@ def _last_row(path: Path) -> dict[str, Any]:
     return row
 
 
-_EXCEPTION = re.compile(r"^(?P<kind>[\w.]*(Error|Exception|Interrupt|Exit)\w*)\b")
+_BROKEN = re.compile(r"Connection (?:closed|reset|refused)[^.]*(?:[\d.]+\]:\d+)?")
+# torch writes "[rank0]: " before each line of a traceback.
+_EXCEPTION = re.compile(r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception|Interrupt)\b.*)")
 
 
 def cause_of_end(code: int, lines: list[str]) -> str:
     """One sentence on why a process ended, from its exit code and its last lines."""
-    import signal
-
     if code < 0:
-        name = signal.Signals(-code).name
+        names = {member.value: member.name for member in signal.Signals}
+        name = names.get(-code, f"signal {-code}")
         return f"was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
     if code == EXIT_STOPPED_BY_SIGNAL:
         return "was asked to stop, and saved"
     for line in reversed(lines):
         if line.startswith("scalellm: "):
             return f"said: {line.removeprefix('scalellm: ')}"
-        if _EXCEPTION.match(line):
-            return f"raised {line}"
+        if broken := _BROKEN.search(line):
+            return f"lost another rank: {broken[0]}"
+        if found := _EXCEPTION.match(line):
+            return f"raised {found[1][:300]}"
     return f"ended with exit code {code}"

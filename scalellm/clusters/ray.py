@@ -38,7 +38,6 @@ _LOST_AFTER_S = 45.0
 _RAY_SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
@@ -70,6 +69,9 @@ def _train_on_ray(config: Config, resume: str | None) -> int:
     for name, value in _RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     cluster = config.cluster
+    if cluster.is_elastic:
+        # After a loss Ray asks for as many as before first; with less room that is in vain.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     num_cpus = max(available_cores(), round(cluster.ranks.max * cluster.cpus_per_worker + 0.5))
     address = os.environ.get(ADDRESS) or cluster.address
     with _stop_asked() as stop, ray_session(address, num_cpus=num_cpus) as session:

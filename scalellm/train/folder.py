@@ -16,6 +16,7 @@ import platform
 import shutil
 import sys
 import time
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -63,13 +64,12 @@ class RunFolder:
             ConfigError: another process trains into it, or it holds a run and nobody said resume.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / LOCK_NAME).open("w")
+            is_free = self._lock_it(wait_s)
         except OSError as error:
             raise ConfigError(
                 f"run.dir={self.path} cannot be written: {error.strerror}; choose another"
             ) from None
-        if not self._lock_it(wait_s):
+        if not is_free:
             raise ConfigError(
                 f"run.dir={self.path} is in use by another training process; wait for it or choose "
                 "another run.dir"
@@ -81,15 +81,19 @@ class RunFolder:
             )
 
     def _lock_it(self, wait_s: float) -> bool:
-        assert self._lock is not None
         deadline_s = time.monotonic() + wait_s
         while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            except OSError:
-                if time.monotonic() >= deadline_s:
-                    return False
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / LOCK_NAME).open("w")
+            with suppress(BlockingIOError, FileNotFoundError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Whoever held it may have removed the folder with this file since.
+                if os.path.samestat(os.fstat(lock.fileno()), (self.path / LOCK_NAME).stat()):
+                    self._lock = lock
+                    return True
+            lock.close()
+            if time.monotonic() >= deadline_s:
+                return False
             time.sleep(_LOCK_POLL_S)
 
     def describe(self, config: Config, world: World, tokenizer: Path | None) -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
+import shutil
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +23,8 @@ from scalellm.checkpoint import part
 from scalellm.cli import main
 from scalellm.config import parse_config
 from scalellm.dist import detect
-from scalellm.errors import CheckpointError
-from scalellm.train import run_training
+from scalellm.errors import CheckpointError, ConfigError
+from scalellm.train import RunFolder, run_training
 
 Values = dict[str, Any]
 
@@ -196,3 +201,95 @@ def test_kill_9_in_a_background_write_then_resume_is_bit_identical(
     final = files(checkpoints(tiny_values) / "step-00000040")
     assert final == files(checkpoints(straight) / "step-00000040")
     assert not list(checkpoints(tiny_values).glob(".*"))
+
+
+def train(
+    values: Values, steps: int, *, resume: str | None = None, restarts: int = 0
+) -> list[tuple[str, int | str]]:
+    """Trains as the launcher's start number `restarts`; returns what a cluster hears of it."""
+    values = {**values, "train": {**values["train"], "schedule": "constant", "steps": steps}}
+    reading, writing = os.pipe()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SCALELLM_RESTARTS", str(restarts))
+        patch.setenv("SCALELLM_EVENTS_FD", str(writing))
+        try:
+            assert run_training(parse_config(values), resume).step == steps
+        finally:
+            os.close(writing)
+            with os.fdopen(reading) as told:
+                events = [json.loads(line) for line in told]
+    return [
+        (event["kind"], event["step"] if event["kind"] == "started" else Path(event["path"]).name)
+        for event in events
+    ]
+
+
+def steps_in(values: Values) -> list[int]:
+    lines = Path(values["run"]["dir"], "metrics.jsonl").read_text().splitlines()
+    return [row["step"] for row in map(json.loads, lines) if row["kind"] == "train"]
+
+
+def saved(step: int) -> tuple[str, str]:
+    return "saved", f"step-{step:08d}"
+
+
+def test_ranks_started_again_go_on_without_being_told_to(tiny_values: Values) -> None:
+    tiny_values["checkpoint"] = {"every_steps": 2}
+    assert train(tiny_values, 4) == [("started", 0), saved(2), saved(4)]
+    with pytest.raises(ConfigError, match="already holds a run: add --resume auto"):
+        train(tiny_values, 6)
+    assert train(tiny_values, 6, restarts=1) == [("started", 4), saved(6)]
+    assert steps_in(tiny_values) == [1, 2, 3, 4, 5, 6]
+
+
+def test_ranks_started_again_before_a_save_begin_anew(tiny_values: Values) -> None:
+    train(tiny_values, 4)
+    shutil.rmtree(checkpoints(tiny_values))
+    assert train(tiny_values, 3, restarts=1) == [("started", 0), saved(3)]
+    assert steps_in(tiny_values) == [1, 2, 3]
+
+
+def test_ranks_started_again_prefer_their_own_checkpoints(
+    tiny_values: Values, tmp_path: Path
+) -> None:
+    """`--resume OTHER` says where the run began, not where it was when a rank died."""
+    train(tiny_values, 3)
+    other = tiny_values["run"]["dir"]
+    tiny_values["run"] |= {"dir": str(tmp_path / "own")}
+    assert train(tiny_values, 4, resume=other, restarts=1) == [("started", 3), saved(4)]
+    assert train(tiny_values, 5, resume=other, restarts=2) == [("started", 4), saved(5)]
+    assert steps_in(tiny_values) == [4, 5]
+    # Without a restart the user has the last word, and goes back.
+    assert train(tiny_values, 4, resume=other) == [("started", 3), saved(4)]
+
+
+def test_ranks_started_again_wait_for_those_before_them(tiny_values: Values) -> None:
+    """A rank that lost its worker may still be saving; a second run is a mistake, and told so."""
+    train(tiny_values, 2)
+    before = RunFolder(Path(tiny_values["run"]["dir"]))
+    before.claim(resuming=True)
+    with pytest.raises(ConfigError, match="is in use by another training process"):
+        train(tiny_values, 4, resume="auto")
+    released_s: list[float] = []
+
+    def release() -> None:
+        released_s.append(time.monotonic())
+        before.release()
+
+    timer = threading.Timer(1.0, release)
+    timer.start()
+    assert train(tiny_values, 4, restarts=1) == [("started", 2), saved(4)]
+    ended_s = time.monotonic()
+    timer.join()
+    assert ended_s > released_s[0]
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 0.3])
+def test_the_wait_for_a_folder_has_an_end(tmp_path: Path, wait_s: float) -> None:
+    before = RunFolder(tmp_path)
+    before.claim(resuming=False)
+    started_s = time.monotonic()
+    with pytest.raises(ConfigError, match="is in use by another"):
+        RunFolder(tmp_path).claim(resuming=True, wait_s=wait_s)
+    assert wait_s <= time.monotonic() - started_s < wait_s + 5
+    before.release()
