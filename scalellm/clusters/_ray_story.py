@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +20,9 @@ JOURNAL = "cluster.jsonl"
 _GATHER_S = 1.5
 _GATHER_LONGER_S = 4.0  # as long as all that is known is that somebody else is gone
 _PEER_LOST = ("lost another rank", "NCCL", "DistNetworkError", "ranks failed")
+
+
+_OWN_WORDS = re.compile(r"rank \d+ on ")  # of `RankDiedError`
 
 
 class Story:
@@ -155,7 +159,7 @@ def _says_less(event: Event) -> int:
 def cause_of_loss(error: BaseException) -> str:
     """One clause on a worker that Ray has lost, from the first lines of what Ray raises."""
     text = str(error)
-    if "RankDiedError" in text:
+    if "RankDiedError" in text or _OWN_WORDS.match(text):
         return ""  # it has told us itself
     if "worker process has died" in text:
         return "is gone: its Ray worker was killed (out of memory?)"

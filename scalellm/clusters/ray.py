@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from scalellm.clusters._ray_board import Board
 from scalellm.clusters._ray_guard import ADDRESS, DRIVER, tell
@@ -131,7 +131,7 @@ class _Driver:
 
     def run(self) -> int:
         """Returns the exit code of the run."""
-        import ray
+        import ray.train
 
         thread = threading.Thread(target=self._fit, daemon=True)
         thread.start()
@@ -159,8 +159,11 @@ class _Driver:
             time.sleep(2 * POLL_S)
             return self._story.code
         if self._error is not None:
-            first = (str(self._error).strip() or repr(self._error)).splitlines()[0]
-            _say(f"Ray Train gave up: {first[:300]}; go on with --resume auto")
+            words = " ".join(str(self._error).split()) or repr(self._error)
+            if isinstance(self._error, ray.train.TrainingFailedError):
+                _say(f"Ray Train has failed: {words[:200]}")
+                _leave_lost_cluster()  # not a rank, which would be tried again, but Ray itself
+            _say(f"Ray Train cannot run this: {words[:300]}")
             return EXIT_FAILURE
         return EXIT_FAILURE if self._result is None else self._result
 
@@ -170,7 +173,7 @@ class _Driver:
         try:
             end, events = ray.get(self._board.read.remote(start), timeout=_LOST_AFTER_S)
         except ray.exceptions.RayError:
-            os._exit(EXIT_FAILURE)  # without a word to the guard; ray.shutdown() might hang
+            _leave_lost_cluster()
         for event in events:
             self._story.take(event)
         self._story.tick()
@@ -208,6 +211,12 @@ class _Driver:
             self._result = int(result.return_value["code"])
         except BaseException as error:
             self._error = error
+
+
+def _leave_lost_cluster() -> NoReturn:
+    """Ends this process without a word to the guard; `ray.shutdown` might wait for ever."""
+    sys.stdout.flush()
+    os._exit(EXIT_FAILURE)
 
 
 def _check_room(config: Config, session: Session) -> None:

@@ -52,6 +52,8 @@ def test_a_cluster_that_is_not_described(cluster: Values, words: str) -> None:
         ("cpus_per_worker", float("inf"), "=inf CPUs"),
         ("gpus_per_worker", -1, "=-1 GPUs is out of range: it must be at least 0"),
         ("resources_per_worker", {"memory": "x"}, ".memory='x' is not a number"),
+        ("resources_per_worker", {"memory": -1}, ".memory=-1 is out of range: it must be at least"),
+        ("workers_per_node", 3, "workers_per_node=3 ranks needs cluster.nodes beside it"),
         ("resources_per_worker", 3, "is a section of keys"),
         ("placement", "pakc", "='pakc' is none of pack or spread; did you mean 'pack'?"),
         ("max_failures", -2, "=-2 failures is out of range: it must be at least -1"),

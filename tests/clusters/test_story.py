@@ -230,6 +230,9 @@ def test_a_driver_that_does_not_see_the_folder_still_tells(
     [
         (-9, ["ValueError: x"], "was ended by SIGKILL (out of memory?)"),
         (-11, [], "was ended by SIGSEGV"),
+        (-35, [], "was ended by signal 35"),
+        (1, ["RuntimeError: [gloo] Connection reset by peer. x"], "lost another rank: Connection"),
+        (1, ["[rank0]: KeyError: 'x'"], "raised KeyError: 'x'"),
         (3, ["scalellm: x"], "was asked to stop, and saved"),
         (2, ["scalellm: no data", "  in y"], "said: no data"),
         (1, ["ValueError: old", "x", "torch.OutOfMemoryError: new"], "raised torch.OutOfMemoryErr"),
@@ -246,6 +249,7 @@ def test_why_a_rank_has_ended(code: int, lines: list[str], cause: str) -> None:
     ("error", "cause"),
     [
         (RuntimeError("RankDiedError: rank 1: killed"), ""),  # it has told us itself
+        (RuntimeError("rank 0 on 10.0.0.3: lost another rank: Connection reset by peer"), ""),
         (RuntimeError("The actor died because its node has died."), "is gone: its node died or"),
         (RuntimeError("The node is dead"), "is gone: its node died or"),
         (RuntimeError("The node: worker process has died"), "is gone: its Ray worker was killed"),

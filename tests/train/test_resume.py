@@ -293,3 +293,18 @@ def test_the_wait_for_a_folder_has_an_end(tmp_path: Path, wait_s: float) -> None
         RunFolder(tmp_path).claim(resuming=True, wait_s=wait_s)
     assert wait_s <= time.monotonic() - started_s < wait_s + 5
     before.release()
+
+
+def test_a_folder_that_is_removed_under_one_who_waits_is_made_again(tmp_path: Path) -> None:
+    """Who held it leaves nothing; who waited must not hold the lock of a file that is gone."""
+    first, second, third = (RunFolder(tmp_path / "run") for _ in range(3))
+    first.claim(resuming=False)
+    waiting = threading.Thread(target=second.claim, kwargs={"resuming": True, "wait_s": 5.0})
+    waiting.start()
+    time.sleep(0.3)
+    first.release()
+    waiting.join()
+    assert second.path.is_dir()
+    with pytest.raises(ConfigError, match="in use by another"):
+        third.claim(resuming=True)
+    second.release()
