@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
-.PHONY: setup train test test-all lint format bench clean
+.PHONY: setup train test test-all test-slow test-cluster lint format bench clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is to make
@@ -44,8 +44,11 @@ test: $(VENV)/.ready-dev  ## the fast tests
 test-all: $(VENV)/.ready-dev  ## the fast and the slow tests
 	@$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.ready-dev
-	@$(BIN)/python -m pytest -m "slow or cluster or gpu"
+test-slow: $(VENV)/.ready-dev  ## compilers, whole documents, the whole matrix: half an hour
+	@$(BIN)/python -m pytest -m "(slow or gpu) and not cluster"
+
+test-cluster: $(VENV)/.ready-dev  ## several hosts out of namespaces, and what dies there; needs root
+	@$(BIN)/python -m pytest -m cluster
 
 lint: $(VENV)/.ready-dev  ## formatting, lint, types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

@@ -1,6 +1,6 @@
 """What Ray costs: the same ranks started by torchrun and by Ray Train, in turn.
 
-    scalellm bench clusters [--ranks 2] [--steps 150] [--pairs 3] [--json FILE]
+    scalellm bench clusters [--ranks 2] [--steps 120] [--pairs 3] [--json FILE]
 
 Each run is a whole one on this machine, with ddp and one thread a rank. `tokens/s` is the median
 over the steps after the first `WARM_UP_STEPS`, in the interval the ranks themselves measure;
@@ -29,11 +29,12 @@ from scalellm.train.folder import describe_environment
 REPOSITORY = Path(__file__).resolve().parents[1]
 WARM_UP_STEPS = 20
 CONFIG = {
-    "model.num_layers": 6,
-    "model.hidden_size": 256,
-    "model.num_heads": 8,
+    "model.num_layers": 4,
+    "model.hidden_size": 128,
+    "model.num_heads": 4,
     "model.seq_len": 128,
-    "train.global_batch_size": 16,
+    "train.global_batch_size": 8,
+    "train.micro_batch_size": "null",
     "train.warmup_steps": 10,
     "train.learning_rate": 0.001,
     "strategy.name": "ddp",
@@ -73,7 +74,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         prog="scalellm bench clusters", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=150, help="of each run")
+    parser.add_argument("--steps", type=int, default=120, help="of each run")
     parser.add_argument("--pairs", type=int, default=3, help="runs of each")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
@@ -99,7 +100,10 @@ def _run(who: str, args: argparse.Namespace, data: Path, run_dir: Path) -> dict[
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     whole_s = time.time() - started_s
     if done.returncode:
-        raise UserError(f"{who} ended with code {done.returncode}: {done.stderr.strip()[-500:]}")
+        own = [line for line in done.stderr.splitlines() if line.startswith("scalellm: ")]
+        raise UserError(
+            f"{who} ended with code {done.returncode}: {(own or [done.stderr[-500:]])[0]}"
+        )
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
     speeds = [row["tokens_per_s"] for row in rows[WARM_UP_STEPS:]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -14,15 +13,11 @@ from typing import Any
 from scalellm.clusters._ray_board import Event
 from scalellm.errors import EXIT_FAILURE, EXIT_USER_ERROR
 
-NODE_DIED = "is gone: its node died or was cut off"
 JOURNAL = "cluster.jsonl"
 # When a rank dies its peers fail too: how long to wait for the one that knows why.
 _GATHER_S = 1.5
 _GATHER_LONGER_S = 4.0  # as long as all that is known is that somebody else is gone
 _PEER_LOST = ("lost another rank", "NCCL", "DistNetworkError", "ranks failed")
-
-
-_OWN_WORDS = re.compile(r"rank \d+ on ")  # of `RankDiedError`
 
 
 class Story:
@@ -154,19 +149,6 @@ def _says_less(event: Event) -> int:
     if event["preempted"]:
         return 3
     return 2 if any(word in event["cause"] for word in _PEER_LOST) else 0
-
-
-def cause_of_loss(error: BaseException) -> str:
-    """One clause on a worker that Ray has lost, from the first lines of what Ray raises."""
-    text = str(error)
-    if "RankDiedError" in text or _OWN_WORDS.match(text):
-        return ""  # it has told us itself
-    if "worker process has died" in text:
-        return "is gone: its Ray worker was killed (out of memory?)"
-    if "node" in text and ("died" in text or "dead" in text):
-        return NODE_DIED
-    first: str = (text.strip() or repr(error)).splitlines()[0]
-    return f"is gone: {first[:200]}"
 
 
 def _print(text: str) -> None:

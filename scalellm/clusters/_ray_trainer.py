@@ -6,7 +6,7 @@ import logging
 import time
 from typing import Any
 
-from scalellm.clusters._ray_story import NODE_DIED, cause_of_loss
+from scalellm.clusters._ray_causes import NODE_DIED, cause_of_loss
 from scalellm.clusters._ray_worker import LOG_FOLDER, POLL_S, work
 from scalellm.config import ClusterConfig, Config
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import re
-import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from scalellm.clusters._ray_board import Event, Status
+from scalellm.clusters._ray_causes import cause_of_end
 from scalellm.errors import EXIT_DONE, EXIT_STOPPED_BY_SIGNAL, EXIT_USER_ERROR
 
 POLL_S = 0.4
@@ -285,26 +284,3 @@ def _last_row(path: Path) -> dict[str, Any]:
     except (OSError, IndexError, ValueError):
         return {}
     return row
-
-
-_BROKEN = re.compile(r"Connection (?:closed|reset|refused)[^.]*(?:[\d.]+\]:\d+)?")
-# torch writes "[rank0]: " before each line of a traceback.
-_EXCEPTION = re.compile(r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception|Interrupt)\b.*)")
-
-
-def cause_of_end(code: int, lines: list[str]) -> str:
-    """One sentence on why a process ended, from its exit code and its last lines."""
-    if code < 0:
-        names = {member.value: member.name for member in signal.Signals}
-        name = names.get(-code, f"signal {-code}")
-        return f"was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    if code == EXIT_STOPPED_BY_SIGNAL:
-        return "was asked to stop, and saved"
-    for line in reversed(lines):
-        if line.startswith("scalellm: "):
-            return f"said: {line.removeprefix('scalellm: ')}"
-        if broken := _BROKEN.search(line):
-            return f"lost another rank: {broken[0]}"
-        if found := _EXCEPTION.match(line):
-            return f"raised {found[1][:300]}"
-    return f"ended with exit code {code}"

@@ -161,7 +161,7 @@ def test_elastic(hosts: Callable[[int], Hosts], values: Values, tmp_path: Path) 
     """A node dies and the run shrinks, it comes back and the run grows: the same losses."""
     made = hosts(2)
     cluster = RayHosts(made, tmp_path)
-    values["train"] |= {"steps": 300, "precision": "fp64"}
+    values["train"] |= {"steps": 240, "precision": "fp64"}
     values["cluster"] = {"name": "ray", "workers": {"min": 1, "max": 2}, "resize_every_s": 2.0}
     wanted = single(values, tmp_path)
     run = cluster.train(values)

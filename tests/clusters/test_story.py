@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from scalellm.clusters import _ray_story
-from scalellm.clusters._ray_story import JOURNAL, Story, cause_of_loss
-from scalellm.clusters._ray_worker import cause_of_end
+from scalellm.clusters._ray_causes import cause_of_end, cause_of_loss
+from scalellm.clusters._ray_story import JOURNAL, Story
 
 BROKEN_PEER = "lost another rank: Connection closed by peer [10.0.0.2]:1"
 REASON = "raised RuntimeError: no memory"
