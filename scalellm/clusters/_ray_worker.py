@@ -25,7 +25,7 @@ from scalellm.clusters._ray_board import Event, Status
 from scalellm.clusters._ray_causes import cause_of_end
 from scalellm.errors import EXIT_DONE, EXIT_STOPPED_BY_SIGNAL, EXIT_USER_ERROR
 
-POLL_S = 0.4
+POLL_S = 1.0  # what is said here must not cost the ranks anything: they share these cores
 _REPORT_WITHIN_S = 30.0
 TRACEBACK = "Traceback (most recent call last):"
 LOG_FOLDER = "ray"
@@ -160,7 +160,15 @@ class _Watch:
             if _is_preempted() and not self._is_asked_to_stop:
                 self.say("preempted")
                 self._ask_to_stop()
+            self._wait()
+
+    def _wait(self) -> None:
+        """Waits for the next turn, or until the rank ends."""
+        if self._process is None:
             time.sleep(POLL_S)
+            return
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=POLL_S)
 
     def _exchange(self) -> Status:
         import ray

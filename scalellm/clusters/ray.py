@@ -31,14 +31,12 @@ from scalellm.ray_session import Session, ray_session
 from scalellm.train import check_config
 from scalellm.train.folder import dump_config
 
-_POLL_S = 0.2
+_POLL_S = 0.5
 _WAITING_EVERY_S = 30.0
 _LOST_AFTER_S = 45.0
 # Read by Ray when it is imported, in this process and in those it starts for us.
 _RAY_SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
 }
