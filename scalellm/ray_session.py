@@ -47,6 +47,10 @@ _QUIET = {
 _LOCAL = {
     "RAY_AUTH_MODE": "token",
     "RAY_worker_niceness": "0",
+    # What a dashboard would show, which is off; every process of Ray would send it each second.
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_event_stats": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # for the workers: see _loopback_kept
 }
 # A token of this process, never on disk. One, because Ray remembers the first it has read.

@@ -75,6 +75,9 @@ def _train_on_ray(config: Config, resume: str | None) -> int:
     with _stop_asked() as stop, ray_session(address, num_cpus=num_cpus) as session:
         if not session.is_local:
             tell("address", session.address)
+        else:  # nobody takes this machine away, or looks at its figures; each costs a process
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+            os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
         _check_room(config, session)
         code = _Driver(config, resume, usable, stop).run()
     if code == EXIT_USER_ERROR:
