@@ -118,7 +118,9 @@ def accelerate_asks(*, has_rank: bool) -> dict[str, str]:
 
 def restarts() -> int:
     """How often the ranks were started before, by a launcher that starts them again."""
-    return read_int("SCALELLM_RESTARTS", read_int("TORCHELASTIC_RESTART_COUNT", 0))
+    # Not TORCHELASTIC_RESTART_COUNT: torchrun starts again after a mistake too, such as a run.dir
+    # that holds another run.
+    return read_int("SCALELLM_RESTARTS", 0)
 
 
 told: set[str] = set()  # what this process has said

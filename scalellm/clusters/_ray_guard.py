@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from scalellm.config import ClusterConfig
-from scalellm.errors import EXIT_FAILURE, EXIT_STOPPED_BY_SIGNAL
+from scalellm.errors import EXIT_FAILURE
 
 # Set in a driver: how many there were before it, the cluster they used, and whom to tell.
 DRIVER = "SCALELLM_RAY_DRIVER"
@@ -56,14 +56,15 @@ def guard(arguments: Sequence[str], cluster: ClusterConfig) -> int:
                 return code
             number += 1
             if guarded.is_asked_to_stop:
-                return EXIT_STOPPED_BY_SIGNAL
+                _say("stopped, but the driver has not told whether the ranks have saved")
+                return EXIT_FAILURE
             if 0 <= max_failures < number:
                 _say(f"lost the Ray cluster {number} times (cluster.max_failures={max_failures})")
                 return EXIT_FAILURE
             limit = f" of at most {max_failures}" if max_failures >= 0 else ""
             _say(
-                "lost the Ray cluster; its ranks save and stop by themselves. Going on when it "
-                f"answers (failure {number}{limit})"
+                "lost the Ray cluster, or the driver was killed; going on from the last checkpoint "
+                f"when the cluster answers (failure {number}{limit})"
             )
             if not guarded.wait_for_cluster(cluster.wait_for_nodes_s):
                 _say(

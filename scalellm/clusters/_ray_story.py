@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ class Story:
     Attributes:
         code: the exit code of a run that must end now; None as long as it may go on.
         has_room: whether Ray has found room for the ranks, as far as known.
+        has_trained: whether they have ever begun to train.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Story:
         self._nodes: dict[int, str] = {}
         self.code: int | None = None
         self.has_room = False
+        self.has_trained = False
 
     def take(self, event: Event) -> None:
         kind = event["kind"]
@@ -99,6 +102,7 @@ class Story:
             self._tell(event, f"{words}; going on from the last checkpoint ({count})")
 
     def _on_started(self, event: Event) -> None:
+        self.has_trained = True
         nodes = sorted(set(self._nodes.values()))
         self._journal(event | {"nodes": nodes})
         if event["attempt"] == 0:
@@ -153,4 +157,7 @@ def _says_less(event: Event) -> int:
 
 def _print(text: str) -> None:
     stream: Any = sys.stderr if text.startswith("scalellm: ") else sys.stdout
-    print(text, file=stream, flush=True)
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:  # who listened has left; the run does not depend on it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

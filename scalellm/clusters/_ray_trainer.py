@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from typing import Any
 
 from scalellm.clusters._ray_causes import NODE_DIED, cause_of_loss
@@ -51,7 +52,7 @@ def make_trainer(config: Config, job: dict[str, Any]) -> Any:
             elastic_resize_monitor_interval_s=cluster.resize_every_s,
         ),
         run_config=ray.train.RunConfig(
-            name=time.strftime("%Y%m%d-%H%M%S"),
+            name=f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}",
             storage_path=str(config.run.dir / LOG_FOLDER),
             # We count failures ourselves: a user's mistake and a node taken away are none.
             failure_config=ray.train.FailureConfig(max_failures=-1, controller_failure_limit=-1),

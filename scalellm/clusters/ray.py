@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -25,11 +25,18 @@ from scalellm.clusters._ray_story import JOURNAL, Story
 from scalellm.clusters._ray_trainer import make_trainer
 from scalellm.clusters._ray_worker import LOG_FOLDER, POLL_S
 from scalellm.config import Config
+from scalellm.data import TokenDataset
 from scalellm.dist import World, available_cores
-from scalellm.errors import EXIT_FAILURE, EXIT_USER_ERROR, ConfigError, UserError
+from scalellm.errors import (
+    EXIT_FAILURE,
+    EXIT_STOPPED_BY_SIGNAL,
+    EXIT_USER_ERROR,
+    ConfigError,
+    UserError,
+)
 from scalellm.ray_session import Session, ray_session
 from scalellm.train import check_config
-from scalellm.train.folder import dump_config
+from scalellm.train.folder import check_holds_no_run, dump_config
 
 _POLL_S = 0.5
 _WAITING_EVERY_S = 30.0
@@ -72,16 +79,22 @@ def _train_on_ray(config: Config, resume: str | None) -> int:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     num_cpus = max(available_cores(), round(cluster.ranks.max * cluster.cpus_per_worker + 0.5))
     address = os.environ.get(ADDRESS) or cluster.address
-    with _stop_asked() as stop, ray_session(address, num_cpus=num_cpus) as session:
+    _check_before_start(config, resume)
+    with (
+        _nothing_left(config.run.dir) as remove,
+        _stop_asked() as stop,
+        ray_session(address, num_cpus=num_cpus) as session,
+    ):
         if not session.is_local:
             tell("address", session.address)
         else:  # nobody takes this machine away, or looks at its figures; each costs a process
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
         _check_room(config, session)
-        code = _Driver(config, resume, usable, stop).run()
-    if code == EXIT_USER_ERROR:
-        _remove_logs_of_nothing(config.run.dir)
+        driver = _Driver(config, resume, usable, stop)
+        code = driver.run()
+        if not driver.has_trained:
+            remove()
     return code
 
 
@@ -130,6 +143,10 @@ class _Driver:
         self._result: int | None = None
         self._error: BaseException | None = None
 
+    @property
+    def has_trained(self) -> bool:
+        return self._story.has_trained
+
     def run(self) -> int:
         """Returns the exit code of the run."""
         import ray.train
@@ -150,7 +167,7 @@ class _Driver:
                 return self._give_up(waited_s)
             if waited_s > said_s + _WAITING_EVERY_S:
                 said_s = waited_s
-                _say(f"waiting for room for {_needs(self._config)}; {_has()}")
+                _say(f"still waiting for {_needs(self._config)} to start; {_has()}")
             elif waited_s < said_s:
                 said_s = 0.0
         time.sleep(2 * _POLL_S if self._story.code is not None else 0.0)  # the last words
@@ -166,6 +183,8 @@ class _Driver:
                 _leave_lost_cluster()  # not a rank, which would be tried again, but Ray itself
             _say(f"Ray Train cannot run this: {words[:300]}")
             return EXIT_FAILURE
+        if self._result == EXIT_STOPPED_BY_SIGNAL and not self.has_trained:
+            return self._stopped_early()
         return EXIT_FAILURE if self._result is None else self._result
 
     def _listen(self, start: int) -> int:
@@ -183,10 +202,17 @@ class _Driver:
     def _tell_to_stop(self) -> None:
         import ray
 
-        ray.get(self._board.stop.remote(self._stop[0]))
+        with suppress(ray.exceptions.RayError):  # `_listen` will find the same
+            ray.get(self._board.stop.remote(self._stop[0]), timeout=_LOST_AFTER_S)
         if not self._story.has_room:
-            self._story.code = EXIT_FAILURE  # there is nothing to save
-            _say(f"stopped by {self._stop[0]} before any rank trained")
+            self._story.code = self._stopped_early()
+
+    def _stopped_early(self) -> int:
+        """No rank trains that could save."""
+        when = "while no rank trained" if self.has_trained else "before any rank trained"
+        later = "; go on from the last checkpoint with --resume auto" if self.has_trained else ""
+        _say(f"stopped by {self._stop[0]} {when}{later}")
+        return EXIT_FAILURE
 
     def _give_up(self, waited_s: float) -> int:
         _say(
@@ -220,6 +246,21 @@ def _leave_lost_cluster() -> NoReturn:
     os._exit(EXIT_FAILURE)
 
 
+def _check_before_start(config: Config, resume: str | None) -> None:
+    """What the ranks would find too, but only after Ray has started them.
+
+    And what they could not: ranks that are started again go on with what lies in `run.dir`.
+    """
+    if config.run.device == "cuda" and not config.cluster.gpus_per_worker:
+        raise ConfigError(
+            "run.device=cuda needs GPUs reserved for the ranks; set cluster.gpus_per_worker=1"
+        )
+    if config.data.path.parent.exists():  # else the driver may not share the storage
+        TokenDataset.open(config.data.path, "train")
+    if resume is None and os.environ[DRIVER] == "0":
+        check_holds_no_run(config.run.dir)
+
+
 def _check_room(config: Config, session: Session) -> None:
     """A cluster of one machine will not grow; of any other one more nodes may be under way."""
     import ray
@@ -232,10 +273,6 @@ def _check_room(config: Config, session: Session) -> None:
             f"cluster.gpus_per_worker={cluster.gpus_per_worker:g} GPUs for {cluster.ranks.min} "
             f"ranks is more than the {has_gpus:g} of this machine; lower it, or join a cluster "
             "with cluster.address"
-        )
-    if config.run.device == "cuda" and not cluster.gpus_per_worker:
-        raise ConfigError(
-            "run.device=cuda needs GPUs reserved for the ranks; set cluster.gpus_per_worker=1"
         )
 
 
@@ -277,14 +314,21 @@ def _stop_asked() -> Iterator[list[str]]:
             signal.signal(number, handler)
 
 
-def _remove_logs_of_nothing(run_dir: Path) -> None:
-    """A mistake leaves no folder behind, unless there was a run in it."""
-    if (run_dir / "config.yaml").exists():
-        return
-    shutil.rmtree(run_dir / LOG_FOLDER, ignore_errors=True)
-    (run_dir / JOURNAL).unlink(missing_ok=True)
-    with suppress(OSError):  # it holds something, or the driver does not see it
-        run_dir.rmdir()
+@contextmanager
+def _nothing_left(run_dir: Path) -> Iterator[Callable[[], None]]:
+    """Gives what removes all that this run has put there and was not there before."""
+    made = [run_dir / LOG_FOLDER, run_dir / JOURNAL, run_dir]
+    new = [path for path in made if not path.exists()]
+
+    def remove() -> None:
+        for path in new:
+            with suppress(OSError):  # what holds more than that stays
+                path.unlink() if path.is_file() else _remove_folder(path)
+
+    def _remove_folder(path: Path) -> None:
+        shutil.rmtree(path) if path.name == LOG_FOLDER else path.rmdir()
+
+    yield remove
 
 
 def _say(words: str) -> None:

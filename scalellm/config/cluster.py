@@ -87,7 +87,9 @@ class ClusterConfig(Section):
         # Who writes name=local over a config for Ray means it, and need not remove the rest.
         if "name" not in self.model_fields_set and self.model_fields_set:
             raise ValueError(f"{min(self.model_fields_set)} needs cluster.name=ray beside it")
-        if self.name == "ray" and (self.workers is None) == (self.nodes is None):
+        if self.name == "ray" and self.workers is not None and self.nodes is not None:
+            raise ValueError("workers and nodes both say how many ranks; set one of them to null")
+        if self.name == "ray" and self.workers is None and self.nodes is None:
             raise ValueError(
                 "ray needs to know how many ranks: either cluster.workers=2 (or {min: 1, max: 4}), "
                 "or cluster.nodes=2 and cluster.workers_per_node=1"

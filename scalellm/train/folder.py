@@ -74,11 +74,8 @@ class RunFolder:
                 f"run.dir={self.path} is in use by another training process; wait for it or choose "
                 "another run.dir"
             )
-        if not resuming and (self.path / JSONL_NAME).exists():
-            raise ConfigError(
-                f"run.dir={self.path} already holds a run: add --resume auto to go on with it, "
-                "or choose another run.dir"
-            )
+        if not resuming:
+            check_holds_no_run(self.path)
 
     def _lock_it(self, wait_s: float) -> bool:
         deadline_s = time.monotonic() + wait_s
@@ -115,6 +112,15 @@ class RunFolder:
             self.path.rmdir()
         self._lock.close()
         self._lock = None
+
+
+def check_holds_no_run(run_dir: Path) -> None:
+    """Raises ConfigError if a run has begun in this folder."""
+    if (run_dir / JSONL_NAME).exists():
+        raise ConfigError(
+            f"run.dir={run_dir} already holds a run: add --resume auto to go on with it, "
+            "or choose another run.dir"
+        )
 
 
 def tokenizer_sha256(run_dir: Path) -> str | None:
