@@ -19,10 +19,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import hypothesis
 from helpers.hosts import Hosts, why_not
 from helpers.ranks import run_ranks
 
 from scalellm.config import Config, parse_config
+
+# How long an example takes says more of the machine's other work than of the code.
+hypothesis.settings.register_profile("any speed", deadline=None)
+hypothesis.settings.load_profile("any speed")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

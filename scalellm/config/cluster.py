@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, NonNegativeFloat, model_validator
+from pydantic import ConfigDict, model_validator
 
 from scalellm.config.section import Section, setting
 
@@ -58,7 +58,7 @@ class ClusterConfig(Section):
     )
     cpus_per_worker: float = setting(1.0, "reserved for a rank", unit="CPUs", gt=0, le=4096)
     gpus_per_worker: float = setting(0.0, "reserved for a rank", unit="GPUs", ge=0, le=1024)
-    resources_per_worker: dict[str, NonNegativeFloat] = setting(
+    resources_per_worker: dict[str, float] = setting(
         {}, "other Ray resources reserved for a rank, such as memory in bytes"
     )
     placement: Literal["pack", "spread"] = setting("pack", "fill a node first, or use many")
@@ -94,6 +94,9 @@ class ClusterConfig(Section):
                 "ray needs to know how many ranks: either cluster.workers=2 (or {min: 1, max: 4}), "
                 "or cluster.nodes=2 and cluster.workers_per_node=1"
             )
+        for what, amount in self.resources_per_worker.items():
+            if amount < 0:
+                raise ValueError(f"resources_per_worker.{what}={amount:g} must be 0 or more")
         if self.nodes is None and self.workers_per_node != 1:
             raise ValueError(
                 f"workers_per_node={self.workers_per_node} ranks needs cluster.nodes beside it, in "

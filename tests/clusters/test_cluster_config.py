@@ -21,7 +21,12 @@ HOW_MANY = "ray needs to know how many ranks: either cluster.workers=2 (or {min:
         ({"name": "slurm"}, "cluster.name='slurm' is none of local or ray"),
         ({"workers": 2}, "workers needs cluster.name=ray beside it"),
         ({"name": "ray"}, HOW_MANY),
-        ({"name": "ray", "workers": 2, "nodes": 2}, HOW_MANY),
+        ({"name": "ray", "workers": 2, "nodes": 2}, "workers and nodes both say how many ranks"),
+        ({"name": "ray", "workers": 2, "workers_per_node": 3}, "needs cluster.nodes beside it"),
+        (
+            {"name": "ray", "workers": 2, "resources_per_worker": {"memory": -1}},
+            "resources_per_worker.memory=-1 must be 0 or more",
+        ),
     ],
 )
 def test_a_cluster_that_is_not_described(cluster: Values, words: str) -> None:
@@ -52,8 +57,6 @@ def test_a_cluster_that_is_not_described(cluster: Values, words: str) -> None:
         ("cpus_per_worker", float("inf"), "=inf CPUs"),
         ("gpus_per_worker", -1, "=-1 GPUs is out of range: it must be at least 0"),
         ("resources_per_worker", {"memory": "x"}, ".memory='x' is not a number"),
-        ("resources_per_worker", {"memory": -1}, ".memory=-1 is out of range: it must be at least"),
-        ("workers_per_node", 3, "workers_per_node=3 ranks needs cluster.nodes beside it"),
         ("resources_per_worker", 3, "is a section of keys"),
         ("placement", "pakc", "='pakc' is none of pack or spread; did you mean 'pack'?"),
         ("max_failures", -2, "=-2 failures is out of range: it must be at least -1"),

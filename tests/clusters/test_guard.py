@@ -99,9 +99,9 @@ def test_a_lost_driver_is_followed_by_one_that_knows_the_cluster(
     words = f"'{address}' -m scalellm train a.yaml"
     assert drivers.log() == ["0 '' -m scalellm train a.yaml", f"1 {words}", f"2 {words}"]
     said = capfd.readouterr().err.splitlines()
-    assert [line.startswith("scalellm: lost the Ray cluster; its ranks save") for line in said] == [
-        *(True, True)
-    ]
+    assert [
+        line.startswith("scalellm: lost the Ray cluster, or the driver was") for line in said
+    ] == [*(True, True)]
     assert "(failure 1 of at most 3)" in said[0] and "(failure 2 of at most 3)" in said[1]
 
 
@@ -175,7 +175,7 @@ def test_a_signal_reaches_the_driver_which_says_what_comes_of_it(
 
 def test_a_driver_that_is_lost_after_a_signal_is_not_started_again(drivers: Drivers) -> None:
     drivers.act("os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)")
-    assert guard([], cluster()) == 3
+    assert guard([], cluster()) == 1
     assert len(drivers.log()) == 1
 
 
@@ -187,7 +187,7 @@ def test_a_signal_ends_the_wait_for_the_cluster(drivers: Drivers) -> None:
         timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
         timer.start()
         try:
-            assert guard([], cluster(wait_for_nodes_s=60)) == 3
+            assert guard([], cluster(wait_for_nodes_s=60)) == 1
         finally:
             timer.cancel()  # with the guard gone, the signal would end the tests
     assert len(drivers.log()) <= 2  # one may come, is told at once, and has nothing to save
