@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 
-def _train(argv: Sequence[str]) -> int:
+def _parse_train(argv: Sequence[str]) -> argparse.Namespace:
     wants_help = any(word in ("-h", "--help") for word in argv)
     parser = Parser(
         "train",
@@ -62,6 +62,12 @@ def _train(argv: Sequence[str]) -> int:
         if not words or "=" in words[0]:
             raise UserError("train needs a config: scalellm train configs/char-tiny.yaml")
         options.config = words.pop(0)
+    return options
+
+
+def _train(argv: Sequence[str]) -> int:
+    options = _parse_train(argv)
+    words: list[str] = options.words
 
     from scalellm.config import load_config
     from scalellm.dist import detect

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,7 @@ MARK = "SCALELLM_TEST_TOKEN"
 PREPARE = """
 import sys
 from pathlib import Path
+from typing import Any
 from scalellm.data import encode_job, ray_engine
 from scalellm.data.prepare import PrepareOptions, prepare
 from scalellm.errors import UserError
@@ -55,6 +57,7 @@ cluster.shutdown()
 FAIL = """
 import os, sys
 from pathlib import Path
+from typing import Any
 from scalellm.data import ray_engine
 Job = ray_engine._Job
 class Failing(Job):
@@ -328,8 +331,8 @@ def test_a_signal_leaves_no_dataset_and_no_process(
 def test_mistakes_are_named_before_any_work(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def options(**more: str | None) -> PrepareOptions:
-        return PrepareOptions((str(text),), tmp_path / "out", tokenizer="char", **more)  # type: ignore[arg-type]
+    def options(**more: Any) -> PrepareOptions:
+        return PrepareOptions((str(text),), tmp_path / "out", tokenizer="char", **more)
 
     with pytest.raises(UserError, match=r"engine='rya' is not one of local, ray; did you mean"):
         options(engine="rya")
