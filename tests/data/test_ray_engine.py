@@ -29,7 +29,6 @@ MARK = "SCALELLM_TEST_TOKEN"
 PREPARE = """
 import sys
 from pathlib import Path
-from typing import Any
 from scalellm.data import encode_job, ray_engine
 from scalellm.data.prepare import PrepareOptions, prepare
 from scalellm.errors import UserError
@@ -57,7 +56,6 @@ cluster.shutdown()
 FAIL = """
 import os, sys
 from pathlib import Path
-from typing import Any
 from scalellm.data import ray_engine
 Job = ray_engine._Job
 class Failing(Job):
