@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -24,7 +23,7 @@ from scalellm.clusters.local import launch
 from scalellm.config import ModelConfig, StrategyConfig
 from scalellm.dist import World, ranks
 from scalellm.errors import UserError
-from scalellm.metrics import peak_rss_bytes
+from scalellm.metrics import peak_rss_bytes, rss_bytes
 from scalellm.model import count_parameters
 from scalellm.parity import VARIANTS, Task, build, train_steps
 from scalellm.train.folder import describe_environment
@@ -110,7 +109,7 @@ def _work(args: argparse.Namespace) -> int:
         # Imports, groups and kernels are there before the baseline is taken.
         warm = task.__class__(ModelConfig.model_validate({**SHAPE, **SIZES["tiny"]}), 1, "fp32", 4)
         _run(warm, variant.name, variant.options, world)
-        baseline_bytes = _rss_bytes()
+        baseline_bytes = rss_bytes()
         _reset_peak()
         memory = _run(task, variant.name, variant.options, world)
         sharding = _sharding(variant.name, variant.options, world, task)
@@ -149,11 +148,6 @@ def _theory_bytes(args: argparse.Namespace, variant: Any, sharding: strategies.S
         4 / sharding.parameters + 4 / sharding.gradients + (8 + masters) / sharding.optimizer
     )
     return int(bytes_a_parameter * count_parameters(_model(args)))
-
-
-def _rss_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _reset_peak() -> None:

@@ -265,6 +265,14 @@ def sum_over_ranks(
     return [float(value) for value in total.tolist()]
 
 
+def gather_over_ranks(values: Sequence[float], world: World) -> list[list[float]]:
+    """Returns the values of every rank, a list each, the same on every rank; all give as many."""
+    table = [0.0] * (len(values) * world.world_size)
+    table[world.rank * len(values) : (world.rank + 1) * len(values)] = map(float, values)
+    total = sum_over_ranks(table, world.device)
+    return [total[at : at + len(values)] for at in range(0, len(total), len(values))]
+
+
 def ranks_where(condition: bool, world: World) -> list[int]:
     """Returns the ranks on which `condition` holds, lowest first, the same list on every rank."""
     votes = [float(condition and rank == world.rank) for rank in range(world.world_size)]

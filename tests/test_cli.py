@@ -279,7 +279,8 @@ def test_train_eval_and_generate(
     assert "perplexity per word" in printed and "nats per token" in printed
     figures = json.loads(figures_file.read_text())
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert figures["loss"] == pytest.approx(rows[-1]["loss"], rel=1e-6)
+    evaluated = [row for row in rows if row["kind"] == "eval"]
+    assert figures["loss"] == pytest.approx(evaluated[-1]["loss"], rel=1e-6)
     arguments = ["generate", "--run", str(run), "import", "--max-new-tokens", "20", "--seed", "1"]
     assert main(arguments) == 0
     first = capsys.readouterr().out

@@ -292,7 +292,7 @@ def losses(values: Values) -> list[float]:
     text = (Path(values["run"]["dir"]) / "metrics.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 7))
-    return [row["loss"] for row in rows]
+    return [row["loss"] for row in rows if "loss" in row]
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,8 @@ class Progress:
             return
         if row["kind"] == "eval":
             self.say(_eval_words(row))
+        elif row["kind"] != "train":
+            return
         elif self._bar is not None:
             self._bar.set_postfix_str(_train_words(row), refresh=False)
             self._bar.update(row["step"] - self._bar.n)

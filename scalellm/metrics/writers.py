@@ -16,7 +16,7 @@ from scalellm.errors import ConfigError, UserError
 
 JSONL_NAME = "metrics.jsonl"
 
-# {"kind": "train" | "eval", "step": 7, ...}: plain numbers and strings.
+# {"kind": "train" | "eval" | "end", "step": 7, ...}: plain numbers, strings and lists of numbers.
 Row = dict[str, Any]
 
 

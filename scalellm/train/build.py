@@ -24,6 +24,7 @@ from scalellm.train.limits import check_disk, check_resources
 from scalellm.train.loop import Run, train
 from scalellm.train.optimizer import make_adamw
 from scalellm.train.resume import find_checkpoint, load_run_state, save_run
+from scalellm.train.session import Session
 
 VALIDATION = "validation"
 # Ranks that are started again may meet those they replace, which are still saving.
@@ -101,6 +102,7 @@ def _build(
     stack: ExitStack,
 ) -> Run:
     torch.manual_seed(config.run.seed)
+    session = Session()
     with torch.device("meta"):  # the strategy gives it memory, as much as this rank holds
         model = Decoder(config.model)
     strategy.setup(model, functools.partial(make_adamw, train=config.train))
@@ -126,6 +128,7 @@ def _build(
             config.eval.early_stop_patience, config.eval.early_stop_min_delta
         ),
         guard=NonFiniteGuard(config.train.max_nonfinite_steps),
+        session=session,
     )
     if source is not None:
         load_run_state(run, source, dataset, folder)

@@ -14,10 +14,11 @@ from scalellm.batches import micro_batches
 from scalellm.config import Config
 from scalellm.dist import World, sum_over_ranks
 from scalellm.evaluate import Evaluation
-from scalellm.metrics import Row, Writer, peak_device_bytes, peak_rss_bytes
+from scalellm.metrics import Row, StepClock, Writer, peak_device_bytes, peak_rss_bytes
 from scalellm.strategies import Strategy
 from scalellm.train.guards import EarlyStopping, NonFiniteGuard, StopSignal
 from scalellm.train.schedule import learning_rate
+from scalellm.train.session import Session
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Run:
     writers: list[Writer]
     early_stopping: EarlyStopping
     guard: NonFiniteGuard
+    session: Session
     step: int = 0
     tokens: int = 0
     cursor: data.Cursor | None = None
@@ -53,6 +55,7 @@ def train(run: Run, stop: StopSignal) -> str:
     """
     config = run.config.train
     ended = "done"
+    run.session.begin(run.tokens)
     if run.step == 0 and run.config.eval.every_steps:
         _evaluate(run)  # where it starts from
     while run.step < config.steps and not run.early_stopping.should_stop:
@@ -73,30 +76,37 @@ def train(run: Run, stop: StopSignal) -> str:
             _evaluate(run)
     if run.saved_step != run.step:
         _save(run)
-    run.finish_saving()
+    with run.session.saving():
+        run.finish_saving()
+    if run.session.has_trained:
+        _write(run, run.session.row(run.config, run.world, run.step, run.tokens, ended))
     return ended
 
 
 def _train_step(run: Run, stop: StopSignal) -> tuple[Row, bool]:
     """One optimizer step: micro-batches, update, metrics. Returns its row and whether to stop."""
-    started_s = time.perf_counter()
+    clock = StepClock()
     batch, cursor = next(run.stream)
-    data_wait_s = time.perf_counter() - started_s
+    clock.lap("data_wait_s")
     step, strategy, device = run.step + 1, run.strategy, run.world.device
     _seed_step(run.config.run.seed, step, run.world.rank)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for micro_batch, is_last in micro_batches(batch, run.micro_batch_size, device):
         with strategy.micro_step(is_last):
             loss = strategy.forward(micro_batch)
+            clock.lap("forward_s")
             strategy.backward(loss, batch.global_target_tokens)
         loss_sum += loss.detach()
+        clock.lap("backward_s")
     rate = learning_rate(step, run.config.train)
     result = strategy.step(rate)
+    clock.lap("optimizer_s")
     asked = float(stop.received is not None)
     global_loss_sum, stop_votes = sum_over_ranks([float(loss_sum), asked], device)
     run.step, run.cursor, run.tokens = step, cursor, run.tokens + batch.global_target_tokens
     run.guard.observe(step, result.skipped, result.grad_norm)
-    step_time_s = time.perf_counter() - started_s
+    step_time_s = clock.total_s()
+    run.session.observe(step_time_s)
     row: Row = {
         "kind": "train",
         "step": step,
@@ -107,7 +117,7 @@ def _train_step(run: Run, stop: StopSignal) -> tuple[Row, bool]:
         "tokens": run.tokens,
         "tokens_per_s": batch.global_target_tokens / step_time_s,
         "step_time_s": step_time_s,
-        "data_wait_s": data_wait_s,
+        **clock.seconds,
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": peak_device_bytes(device),
     }
@@ -126,19 +136,22 @@ def _evaluate(run: Run) -> None:
     started_s = time.perf_counter()
     result = run.evaluate()
     run.early_stopping.observe(result.loss)
+    eval_time_s = time.perf_counter() - started_s
+    run.session.eval_s += eval_time_s
     row: Row = {
         "kind": "eval",
         "step": run.step,
         "loss": result.loss,
         "perplexity": result.perplexity,
         "tokens": result.num_tokens,
-        "eval_time_s": time.perf_counter() - started_s,
+        "eval_time_s": eval_time_s,
     }
     _write(run, row)
 
 
 def _save(run: Run) -> None:
-    run.save(run)
+    with run.session.saving():
+        run.save(run)
     run.saved_step = run.step
 
 

@@ -65,6 +65,34 @@ def test_a_run_leaves_a_full_folder(tiny_values: Values) -> None:
     assert json.loads((run_dir / "environment.json").read_text())["versions"]["torch"]
 
 
+def test_the_last_row_sums_up_the_start(tiny_values: Values) -> None:
+    tiny_values["checkpoint"] = {"every_steps": 2}
+    config = parse_config(tiny_values)
+    run_training(config)
+    steps, [end] = rows(config), rows(config, "end")
+    assert (end["step"], end["reason"], end["world_size"]) == (6, "done", 1)
+    assert end["first_step_s"] == steps[0]["step_time_s"]
+    assert 0 < end["startup_s"] < end["wall_s"]
+    spent_s = sum(row["step_time_s"] for row in steps) + end["save_stall_s"] + end["eval_s"]
+    assert 0 < end["save_stall_s"] < spent_s < end["wall_s"] - end["startup_s"]
+    assert end["goodput_tokens_per_s"] == pytest.approx(steps[-1]["tokens"] / end["wall_s"])
+    [baseline], [peak] = end["baseline_rss_bytes"], end["peak_rss_bytes"]
+    assert 2**26 < baseline <= peak
+    for row in steps:
+        parts = [row[key] for key in ("data_wait_s", "forward_s", "backward_s", "optimizer_s")]
+        assert min(parts) > 0 and sum(parts) <= row["step_time_s"]
+
+
+def test_a_resumed_run_counts_only_its_own_tokens(tiny_values: Values) -> None:
+    _train(tiny_values)
+    tiny_values["train"] |= {"steps": 8, "schedule": "constant"}
+    _train(tiny_values, resume="auto")
+    first, second = rows(parse_config(tiny_values), "end")
+    assert (first["step"], second["step"]) == (6, 8)
+    trained_tokens = second["goodput_tokens_per_s"] * second["wall_s"]
+    assert trained_tokens == pytest.approx(2 * 8 * 32)
+
+
 def _train(values: Values, resume: str | None = None) -> Outcome:
     return run_training(parse_config(values), resume)
 
@@ -85,7 +113,7 @@ def test_resumed_is_bit_identical(tiny_values: Values, tmp_path: Path, dropout: 
     assert outcome.step == 6
     assert weights(again, 6) == weights(tmp_path / "straight", 6)
     losses = [
-        [(row["step"], row["loss"]) for row in read_rows(folder / "metrics.jsonl")]
+        [(row["step"], row["loss"]) for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
         for folder in (again, tmp_path / "straight")
     ]
     assert [pair for pair in losses[0] if pair[0] != 3] == [p for p in losses[1] if p[0] != 3]
@@ -298,7 +326,7 @@ def test_a_poisoned_gradient_on_one_rank_is_skipped_by_all(
     (skipped, _), _ = ranks(_poisoned, 2, tiny_values)
     assert skipped == [0, 1, 1, 0, 0, 0]
     run_dir = Path(tiny_values["run"]["dir"] + "-2")
-    found = list(read_rows(run_dir / "metrics.jsonl"))
+    found = [row for row in read_rows(run_dir / "metrics.jsonl") if row["kind"] != "end"]
     assert [row["loss"] for row in found[1:3]] == [None, None]
     assert all(row["loss"] for row in found if row["step"] > 3)
 
@@ -374,7 +402,7 @@ def test_kill_9_at_a_random_step_then_resume_is_bit_identical(
     assert "resumed from" in output
     assert weights(tmp_path / "killed", 150) == weights(tmp_path / "straight", 150)
     steps = [row["step"] for row in read_rows(tmp_path / "killed" / "metrics.jsonl")]
-    assert [step for step in steps if steps.count(step) > 1] == [150, 150]  # train and eval
+    assert [step for step in steps if steps.count(step) > 1] == [150, 150, 150]  # train, eval, end
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
