@@ -51,6 +51,10 @@ _LOCAL = {
     "RAY_task_events_report_interval_ms": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_event_stats": "0",
+    "RAY_memory_monitor_refresh_ms": "0",  # it would kill ranks; `check_resources` looks before
+    "EVENT_AGENT_REPORT_INTERVAL_SECONDS": "10",
+    "SCAN_EVENT_DIR_INTERVAL_SECONDS": "60",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # for the workers: see _loopback_kept
 }
 # A token of this process, never on disk. One, because Ray remembers the first it has read.
@@ -245,11 +249,26 @@ def _start_here(num_cpus: int | None) -> Iterator[None]:
                     _node_ip_address=_LOOPBACK,
                     _temp_dir=str(folder),
                 )
+            _end_idle_helpers()
             yield
     finally:
         ray.shutdown()
         _end_the_rest(folder)
         _remove(folder)
+
+
+def _end_idle_helpers() -> None:
+    """Ends what collects lines for drivers that want them, asks for more machines, or shows pages.
+
+    None has anything to do here, and the first takes more of a core than any other helper.
+    """
+    from ray._private import worker
+
+    node = worker._global_node
+    assert node is not None
+    node.kill_log_monitor(check_alive=False)
+    node.kill_monitor(check_alive=False)
+    node.kill_dashboard(check_alive=False)
 
 
 def _has_own_token() -> bool:

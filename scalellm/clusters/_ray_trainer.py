@@ -19,8 +19,12 @@ _LEAVE_POLL_S = 0.2
 _NODE_DEATH_S = 2.0
 
 
-def make_trainer(config: Config, job: dict[str, Any]) -> Any:
-    """Returns a Ray Train trainer whose `fit()` runs `work(job)` on every worker."""
+def make_trainer(config: Config, job: dict[str, Any], *, is_local: bool) -> Any:
+    """Returns a Ray Train trainer whose `fit()` runs `work(job)` on every worker.
+
+    Args:
+        is_local: the cluster was started for this run and ends with it.
+    """
     import ray.train
     from ray.train.backend import Backend, BackendConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -37,10 +41,18 @@ def make_trainer(config: Config, job: dict[str, Any]) -> Any:
         def backend_cls(self) -> type[Backend]:
             return SharedGpus
 
+    class Trainer(DataParallelTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks: list[Any] = super()._create_default_callbacks()
+            return [each for each in callbacks if type(each).__name__ not in unused]
+
+    # Each keeps an actor, which wakes a hundred times a second. We give Ray no datasets; and where
+    # the cluster ends with its driver, no placement group stays behind.
+    unused = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if is_local else set())
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     cluster = config.cluster
     bounds = cluster.ranks
-    return DataParallelTrainer(
+    return Trainer(
         work,
         train_loop_config=job,
         backend_config=Ranks(),

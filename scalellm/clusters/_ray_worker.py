@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import select
 import socket
 import subprocess
 import sys
@@ -94,6 +95,7 @@ class _Watch:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._process: subprocess.Popen[bytes] | None = None
         self._lifeline = -1
+        self._ended: int | None = None
         self._readers: list[threading.Thread] = []
         self._last_words: deque[str] = deque(maxlen=200)
         self._newest_save: str | None = None
@@ -137,6 +139,8 @@ class _Watch:
         )
         for descriptor in (config, lifeline, events_end):
             os.close(descriptor)
+        with suppress(AttributeError, OSError):  # a system without them: Linux has
+            self._ended = os.pidfd_open(self._process.pid)
         self.say("spawned", pid=self._process.pid)
         for target, arguments in ((self._read_text, ()), (self._read_events, (events,))):
             thread = threading.Thread(target=target, args=arguments, daemon=True)
@@ -163,12 +167,14 @@ class _Watch:
             self._wait()
 
     def _wait(self) -> None:
-        """Waits for the next turn, or until the rank ends."""
-        if self._process is None:
+        """Waits for the next turn, or until the rank ends.
+
+        Python's own wait with a time limit looks twenty times a second.
+        """
+        if self._ended is None:
             time.sleep(POLL_S)
-            return
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=POLL_S)
+        else:
+            select.select([self._ended], [], [], POLL_S)
 
     def _exchange(self) -> Status:
         import ray
@@ -228,6 +234,8 @@ class _Watch:
         self._exchange()  # another rank may have heard the order to stop before this worker did
         os.close(self._lifeline)
         self._lifeline = -1
+        if self._ended is not None:
+            os.close(self._ended)
         preempted = code == EXIT_STOPPED_BY_SIGNAL and (
             _is_preempted() or not self._is_asked_to_stop
         )

@@ -38,7 +38,7 @@ from scalellm.ray_session import Session, ray_session
 from scalellm.train import check_config
 from scalellm.train.folder import check_holds_no_run, dump_config
 
-_POLL_S = 0.5
+_POLL_S = 1.0
 _WAITING_EVERY_S = 30.0
 _LOST_AFTER_S = 45.0
 # Read by Ray when it is imported, in this process and in those it starts for us.
@@ -91,7 +91,7 @@ def _train_on_ray(config: Config, resume: str | None) -> int:
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
         _check_room(config, session)
-        driver = _Driver(config, resume, usable, stop)
+        driver = _Driver(config, resume, usable, stop, is_local=session.is_local)
         code = driver.run()
         if not driver.has_trained:
             remove()
@@ -129,9 +129,17 @@ class _Driver:
     """One run: hands it to Ray Train in a thread, and tells what happens meanwhile."""
 
     def __init__(
-        self, config: Config, resume: str | None, usable: dict[int, int], stop: list[str]
+        self,
+        config: Config,
+        resume: str | None,
+        usable: dict[int, int],
+        stop: list[str],
+        *,
+        is_local: bool,
     ) -> None:
         import ray
+
+        self._is_local = is_local
 
         self._config, self._resume, self._usable, self._stop = config, resume, usable, stop
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
@@ -170,7 +178,7 @@ class _Driver:
                 _say(f"still waiting for {_needs(self._config)} to start; {_has()}")
             elif waited_s < said_s:
                 said_s = 0.0
-        time.sleep(2 * _POLL_S if self._story.code is not None else 0.0)  # the last words
+        time.sleep(_POLL_S if self._story.code is not None else 0.0)  # the last words
         self._listen(next_event)
         if self._story.code is not None:
             ray.get(self._board.kill.remote(), timeout=_LOST_AFTER_S)
@@ -234,7 +242,7 @@ class _Driver:
                 "cpus": self._config.cluster.cpus_per_worker,
                 "board": self._board,
             }
-            result = make_trainer(self._config, job).fit()
+            result = make_trainer(self._config, job, is_local=self._is_local).fit()
             self._result = int(result.return_value["code"])
         except BaseException as error:
             self._error = error
