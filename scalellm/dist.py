@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Literal, TypeVar
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as tdist
 
 from scalellm import launched
+from scalellm.cores import available_cores, bound_to_share
 from scalellm.errors import ConfigError, UserError
 from scalellm.launched import read_int
 
@@ -93,13 +94,6 @@ def detect() -> World:
 _START_THE_RANKS = "start the ranks with torchrun or `scalellm train --nproc N`, which set both"
 
 
-def available_cores() -> int:
-    """Cores this process may use (its affinity mask, not the machine's size)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def threads_per_rank(world: World) -> int:
     """Divides this host's cores among its ranks, unless the launcher already has.
 
@@ -131,17 +125,31 @@ def _tell_libraries(world: World) -> None:
 
 @contextmanager
 def ranks(
-    device: Literal["auto", "cpu", "cuda"] = "auto", threads: int = 0, *, process_group: bool = True
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    threads: int = 0,
+    *,
+    process_group: bool = True,
+    bind_cores: bool = False,
 ) -> Iterator[World]:
     """Joins the ranks for the length of a `with`; leaves the process group whatever happens.
 
     Args:
         threads: CPU threads per rank; 0: see `threads_per_rank`.
         process_group: False for a strategy that talks to nobody; needs world size 1.
+        bind_cores: keep each rank of a host on a share of its cores.
+
+    Raises:
+        ConfigError: the launcher's environment, the device or the cores do not allow it.
     """
     world = detect()
     world = replace(world, device=_pick_device(device, world.local_rank))
     torch.set_num_threads(threads or threads_per_rank(world))
+    share = bound_to_share(world.local_rank, world.local_world_size)
+    with share if bind_cores else nullcontext():
+        yield from _in_group(world, process_group)
+
+
+def _in_group(world: World, process_group: bool) -> Iterator[World]:
     # A cluster or a test may have made the group already; then it is theirs to destroy.
     is_ours = (process_group or world.world_size > 1) and not tdist.is_initialized()
     if is_ours:

@@ -25,8 +25,9 @@ from scalellm.clusters._ray_story import JOURNAL, Story
 from scalellm.clusters._ray_trainer import make_trainer
 from scalellm.clusters._ray_worker import LOG_FOLDER, POLL_S
 from scalellm.config import Config
+from scalellm.cores import available_cores
 from scalellm.data import TokenDataset
-from scalellm.dist import World, available_cores
+from scalellm.dist import World
 from scalellm.errors import (
     EXIT_FAILURE,
     EXIT_STOPPED_BY_SIGNAL,

@@ -2,6 +2,7 @@
 
 from scalellm.config.cluster import ClusterConfig, WorkerRange
 from scalellm.config.presets import PRESETS
+from scalellm.config.profile import ProfileConfig
 from scalellm.config.schema import (
     BatchPlan,
     CheckpointConfig,
@@ -29,6 +30,7 @@ __all__ = [
     "EvalConfig",
     "MetricsConfig",
     "ModelConfig",
+    "ProfileConfig",
     "RunConfig",
     "Section",
     "StrategyConfig",

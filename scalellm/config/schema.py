@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from scalellm.config.cluster import ClusterConfig
 from scalellm.config.explain import explain
 from scalellm.config.presets import PRESETS
+from scalellm.config.profile import ProfileConfig
 from scalellm.config.section import Section, setting
 from scalellm.config.yaml_text import merge_overrides, read_yaml
 from scalellm.errors import ConfigError, did_you_mean
@@ -28,6 +29,7 @@ class RunConfig(Section):
     threads: int = setting(
         0, "CPU threads per rank; 0: cores / local ranks", unit="threads", ge=0, le=4096
     )
+    bind_cores: bool = setting(False, "each rank on its own share of the host's cores (Linux)")
 
 
 class DataConfig(Section):
@@ -205,7 +207,9 @@ class CheckpointConfig(Section):
     every_steps: int = setting(0, "0: only at the end", unit="steps", ge=0)
     keep: int = setting(2, "newest complete checkpoints kept", unit="checkpoints", ge=1)
     asynchronous: bool = setting(
-        True, "write in the background from a copy in memory; false: training waits, no copy"
+        True,
+        "write in the background from a copy in host memory, kept between saves; false: training "
+        "waits, no copy",
     )
 
 
@@ -235,6 +239,16 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
+    profile: ProfileConfig = ProfileConfig()
+
+    @model_validator(mode="after")
+    def _check_profile(self) -> Config:
+        if self.profile.enabled and self.train.steps < 2:
+            raise ValueError(
+                f"profile.enabled=true needs train.steps of 2 or more, not {self.train.steps}: "
+                "the first step compiles and is left out"
+            )
+        return self
 
     def batches(self, world_size: int) -> BatchPlan:
         """Splits the global batch over `world_size` ranks; ConfigError if it does not divide."""

@@ -23,6 +23,7 @@ from scalellm.train.launchers import check_launcher
 from scalellm.train.limits import check_disk, check_resources
 from scalellm.train.loop import Run, train
 from scalellm.train.optimizer import make_adamw
+from scalellm.train.profiling import Profiler
 from scalellm.train.resume import find_checkpoint, load_run_state, save_run
 from scalellm.train.session import Session
 
@@ -65,6 +66,7 @@ def run_training(config: Config, resume: str | None = None) -> Outcome:
                 config.run.device,
                 config.run.threads,
                 process_group=strategy_class.needs_process_group,
+                bind_cores=config.run.bind_cores,
             )
         )
         options, plan = check_config(config, world)
@@ -129,7 +131,9 @@ def _build(
         ),
         guard=NonFiniteGuard(config.train.max_nonfinite_steps),
         session=session,
+        profiler=Profiler(config, world),
     )
+    stack.callback(run.profiler.close)
     if source is not None:
         load_run_state(run, source, dataset, folder)
     stream = data.TokenStream(

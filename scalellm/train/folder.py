@@ -25,7 +25,8 @@ import torch
 import yaml
 
 from scalellm.config import Config, load_config
-from scalellm.dist import World, available_cores
+from scalellm.cores import available_cores
+from scalellm.dist import World
 from scalellm.errors import CheckpointError, ConfigError
 from scalellm.metrics import JSONL_NAME
 

@@ -22,8 +22,8 @@ def check_resources(config: Config, plan: BatchPlan, world: World, sharding: Sha
     """Refuses a precision the device lacks, and a model or batch that cannot fit in its memory.
 
     The need is a lower bound: what each rank of this host holds of the model and its optimizer, the
-    logits of one micro-batch with their gradient, and the copy that a background save writes from,
-    shared by all ranks. What passes may still be too much.
+    logits of one micro-batch with their gradient, and the copy that a background save writes from
+    and keeps, shared by all ranks. What passes may still be too much.
     """
     if config.train.precision == "fp16" and world.device.type == "cpu":
         raise ConfigError(

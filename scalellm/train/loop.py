@@ -17,6 +17,7 @@ from scalellm.evaluate import Evaluation
 from scalellm.metrics import Row, StepClock, Writer, peak_device_bytes, peak_rss_bytes
 from scalellm.strategies import Strategy
 from scalellm.train.guards import EarlyStopping, NonFiniteGuard, StopSignal
+from scalellm.train.profiling import Profiler
 from scalellm.train.schedule import learning_rate
 from scalellm.train.session import Session
 
@@ -37,6 +38,7 @@ class Run:
     early_stopping: EarlyStopping
     guard: NonFiniteGuard
     session: Session
+    profiler: Profiler
     step: int = 0
     tokens: int = 0
     cursor: data.Cursor | None = None
@@ -59,7 +61,8 @@ def train(run: Run, stop: StopSignal) -> str:
     if run.step == 0 and run.config.eval.every_steps:
         _evaluate(run)  # where it starts from
     while run.step < config.steps and not run.early_stopping.should_stop:
-        row, stop_asked = _train_step(run, stop)
+        with run.profiler.step(run.step + 1):
+            row, stop_asked = _train_step(run, stop)
         if run.step % config.log_every_steps == 0 or run.step == config.steps:
             _write(run, row)
         if _is_due(run.step, run.config.eval.every_steps) and run.step < config.steps:

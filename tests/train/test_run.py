@@ -405,8 +405,7 @@ def test_kill_9_at_a_random_step_then_resume_is_bit_identical(
     assert [step for step in steps if steps.count(step) > 1] == [150, 150, 150]  # train, eval, end
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize(("nproc", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_a_signal_saves_and_leaves_with_3(
     tiny_values: Values, tmp_path: Path, number: signal.Signals, nproc: int
 ) -> None:

@@ -1,0 +1,69 @@
+"""Which CPU cores a rank runs on: all of them, or a share of its own near its memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from scalellm.errors import ConfigError
+
+_SYSTEM = Path("/sys/devices/system")
+
+
+def available_cores() -> int:
+    """Cores this process may use (its affinity mask, not the machine's size)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def bound_to_share(index: int, num_shares: int) -> Iterator[None]:
+    """Keeps this thread, and those it starts, on one of `num_shares` equal parts of the cores.
+
+    Neighbours share: first the threads of one core, then the cores of one NUMA node, so that Linux,
+    which gives memory where it is first touched, gives it on the rank's own node.
+
+    Raises:
+        ConfigError: there are fewer cores than shares, or the system cannot bind.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        raise ConfigError("run.bind_cores=true needs Linux; set it to false")
+    before = os.sched_getaffinity(0)
+    if len(before) < num_shares:
+        raise ConfigError(
+            f"run.bind_cores=true needs a core for each of the {num_shares} ranks of this host, "
+            f"which has {len(before)}; set it to false or start fewer ranks"
+        )
+    os.sched_setaffinity(0, share_of(by_place(before), index, num_shares))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def share_of(cores: Sequence[int], index: int, num_shares: int) -> list[int]:
+    """Returns the `index`-th of `num_shares` runs of neighbours; all have the same length."""
+    size = len(cores) // num_shares
+    return list(cores[index * size : (index + 1) * size])
+
+
+def by_place(cores: set[int], system: Path = _SYSTEM) -> list[int]:
+    """Orders logical cores by NUMA node, then package, then physical core."""
+
+    def place(core: int) -> tuple[int, int, int, int]:
+        folder = system / "cpu" / f"cpu{core}"
+        nodes = [int(path.name.removeprefix("node")) for path in folder.glob("node[0-9]*")]
+        package = _read_int(folder / "topology" / "physical_package_id")
+        return (min(nodes, default=0), package, _read_int(folder / "topology" / "core_id"), core)
+
+    return sorted(cores, key=place)
+
+
+def _read_int(path: Path) -> int:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return 0

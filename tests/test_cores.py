@@ -1,0 +1,62 @@
+"""Ranks on cores of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scalellm.cores import bound_to_share, by_place, share_of
+from scalellm.dist import ranks
+from scalellm.errors import ConfigError
+
+needs_two_cores = pytest.mark.skipif(
+    len(os.sched_getaffinity(0)) < 2, reason="needs two cores to divide"
+)
+
+
+def machine(folder: Path, places: list[tuple[int, int]]) -> Path:
+    """What Linux tells of a machine: (NUMA node, physical core) of each logical core."""
+    for number, (node, core) in enumerate(places):
+        cpu = folder / "cpu" / f"cpu{number}"
+        (cpu / f"node{node}").mkdir(parents=True)
+        (cpu / "topology").mkdir()
+        (cpu / "topology" / "physical_package_id").write_text(f"{node}\n")
+        (cpu / "topology" / "core_id").write_text(f"{core}\n")
+    return folder
+
+
+def test_neighbours_share(tmp_path: Path) -> None:
+    """Linux numbers nodes in turn, and the second thread of each core in the upper half."""
+    system = machine(tmp_path, [(0, 0), (1, 0), (0, 1), (1, 1), (0, 0), (1, 0), (0, 1), (1, 1)])
+    cores = by_place(set(range(8)), system)
+    assert cores == [0, 4, 2, 6, 1, 5, 3, 7]
+    assert [share_of(cores, rank, 2) for rank in range(2)] == [[0, 4, 2, 6], [1, 5, 3, 7]]
+    assert [share_of(cores, rank, 3) for rank in range(3)] == [[0, 4], [2, 6], [1, 5]]
+    assert by_place({1, 0, 5}, tmp_path / "a system that tells nothing") == [0, 1, 5]
+
+
+@needs_two_cores
+def test_a_rank_is_bound_for_the_length_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.sched_getaffinity(0)
+    with ranks("cpu", threads=1, process_group=False, bind_cores=True):
+        assert os.sched_getaffinity(0) == before  # one rank: all of them
+    with bound_to_share(1, 2):
+        bound = os.sched_getaffinity(0)
+        child = [sys.executable, "-c", "import os; print(sorted(os.sched_getaffinity(0)))"]
+        printed = subprocess.run(child, capture_output=True, text=True, check=True).stdout
+    assert len(bound) == len(before) // 2 and bound < before
+    assert printed.strip() == str(sorted(bound))
+    assert os.sched_getaffinity(0) == before
+
+
+def test_more_ranks_than_cores_are_refused() -> None:
+    cores = len(os.sched_getaffinity(0))
+    with (
+        pytest.raises(ConfigError, match=f"each of the {cores + 1} ranks .* which has {cores};"),
+        bound_to_share(0, cores + 1),
+    ):
+        pass
