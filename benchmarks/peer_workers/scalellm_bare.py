@@ -1,0 +1,59 @@
+"""Our decoder and our optimizer in a bare loop: what the whole trainer is measured against.
+
+The same weights, transforms, loss and clipping as `scalellm train`, so its losses are the same; no
+loader, guards, metrics or checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+from _worker import Gate, Task
+
+from scalellm.config import ModelConfig, TrainConfig
+from scalellm.model import Decoder, count_parameters, flops_per_token
+from scalellm.strategies._transforms import apply_transforms
+from scalellm.train.optimizer import make_adamw
+
+
+def main() -> None:
+    task = Task.read()
+    config = ModelConfig(
+        num_layers=task.num_layers,
+        hidden_size=task.hidden_size,
+        num_heads=task.num_heads,
+        intermediate_size=task.mlp_size,
+        vocab_size=task.vocab_size,
+        seq_len=task.seq_len,
+    )
+    train = TrainConfig(
+        compile=task.compile,
+        learning_rate=task.learning_rate,
+        beta1=task.betas[0],
+        beta2=task.betas[1],
+        eps=task.eps,
+        weight_decay=task.weight_decay,
+    )
+    model = Decoder(config)
+    model.load_state_dict(task.weights())
+    apply_transforms(model, train)
+    optimizer = make_adamw(model.named_parameters(), train)
+    parameters = list(model.parameters())
+    size = {"parameters": count_parameters(config), "flops_per_token": flops_per_token(config)}
+    gate = Gate(size, ("scalellm",))
+    for tokens_BT, targets_BT in task.batches():
+        gate.wait()
+        with task.autocast():
+            loss_sum = model(tokens_BT, targets_BT)
+        (loss_sum / targets_BT.numel()).backward()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        # In fp64, as the trainer takes it: torch's own clipping is 2.6e-5 off on a CPU.
+        norm = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).norm()
+        if norm > task.grad_clip:
+            torch._foreach_mul_(gradients, task.grad_clip / float(norm))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        gate.losses.append(loss_sum.detach() / targets_BT.numel())
+
+
+if __name__ == "__main__":
+    main()
