@@ -52,6 +52,9 @@ def _parse_train(argv: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="print the JSON that DeepSpeed would be given, and train nothing",
     )
+    parser.add_argument(
+        "--profile", action="store_true", help="record a few steps: profile.enabled=true"
+    )
     # The deepspeed launcher appends this; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(argv)
@@ -62,6 +65,8 @@ def _parse_train(argv: Sequence[str]) -> argparse.Namespace:
         if not words or "=" in words[0]:
             raise UserError("train needs a config: scalellm train configs/char-tiny.yaml")
         options.config = words.pop(0)
+    if options.profile:
+        words.append("profile.enabled=true")
     return options
 
 
@@ -286,6 +291,23 @@ def _export(argv: Sequence[str]) -> int:
     return EXIT_DONE
 
 
+def _report(argv: Sequence[str]) -> int:
+    parser = Parser("report", "Plots and tables of runs, side by side, on one page.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder to write (default: the run's own, or ./report for several runs)",
+    )
+    options = parser.parse_intermixed_args(argv)
+    from scalellm.report import report_runs
+
+    page, *others = report_runs(options.runs, options.out)
+    print(f"{page} (also {others[0].name} and {len(others) - 1} plots)")
+    return EXIT_DONE
+
+
 def _bench(argv: Sequence[str]) -> int:
     folder = Path(__file__).resolve().parents[1] / "benchmarks"
     known = sorted(path.stem for path in folder.glob("[!_]*.py"))
@@ -314,6 +336,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "eval": (_eval, "loss and perplexity of a run on a dataset"),
     "generate": (_generate, "continue a text with a trained model"),
     "export": (_export, "write a run's weights for other tools"),
+    "report": (_report, "plots and tables of runs, side by side"),
     "bench": (_bench, "measure on this machine"),
     "schema": (_schema, "print the JSON schema of config files"),
 }

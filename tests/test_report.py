@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from scalellm.metrics import JSONL_NAME
-from scalellm.report import _smooth, draw_loss
+from scalellm.report import draw_loss, smooth
 
 
 def test_a_run_without_rows_has_no_picture(tmp_path: Path) -> None:
@@ -34,8 +34,8 @@ def test_the_picture_is_drawn_from_the_rows_alone(tmp_path: Path) -> None:
 
 
 def test_smoothing_keeps_constants_and_ends() -> None:
-    assert _smooth([2.0] * 100) == pytest.approx([2.0] * 100)
+    assert smooth([2.0] * 100) == pytest.approx([2.0] * 100)
     values = [float(value % 7) for value in range(200)]
-    smoothed = _smooth(values)
+    smoothed = smooth(values)
     assert (smoothed[0], smoothed[-1]) == (values[0], values[-1])
     assert max(smoothed[10:-10]) < max(values)

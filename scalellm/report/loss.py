@@ -1,7 +1,8 @@
-"""Pictures of a run, drawn from its `metrics.jsonl` alone."""
+"""The loss curve that every run leaves, drawn from its `metrics.jsonl` alone."""
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def _plot_loss(axes: Any, steps: list[Row], evals: list[Row]) -> None:
     x = [row["step"] for row in steps]
     loss = [row["loss"] for row in steps]
     axes.plot(x, loss, color=_BLUE, alpha=0.25, linewidth=1)
-    axes.plot(x, _smooth(loss), color=_BLUE, linewidth=1.8, label="training loss (smoothed)")
+    axes.plot(x, smooth(loss), color=_BLUE, linewidth=1.8, label="training loss (smoothed)")
     if evals:
         last = evals[-1]
         axes.plot(
@@ -65,14 +66,15 @@ def _plot_learning_rate(axes: Any, steps: list[Row]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _smooth(values: list[float]) -> list[float]:
+def smooth(values: list[float]) -> list[float]:
     """Mean over a centred window of a fortieth of the run, narrower at the ends."""
     half = max(1, len(values) // 80)
+    sums = [0.0, *accumulate(values)]
     smoothed = []
-    for index in range(len(values)):
+    for index, value in enumerate(values):
         reach = min(half, index, len(values) - 1 - index)
-        window = values[index - reach : index + reach + 1]
-        smoothed.append(sum(window) / len(window))
+        total = sums[index + reach + 1] - sums[index - reach]
+        smoothed.append(total / (2 * reach + 1) if reach else value)
     return smoothed
 
 
