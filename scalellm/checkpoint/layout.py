@@ -1,7 +1,7 @@
 """Names and checks shared by the writer and the reader of checkpoints.
 
     checkpoints/step-00000010/
-        manifest.json                    what follows, with sizes and SHA-256; written last
+        manifest.json                    what follows, with sizes and hashes; written last
         model-00000-000.safetensors      weights that rank 0 wrote, by FQN
         optimizer-00000-000.safetensors  its `<fqn>.exp_avg`, `<fqn>.exp_avg_sq`, `<fqn>.step`
         model-00000-001.safetensors ...  more of rank 0's, once a file has its size
@@ -18,11 +18,12 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 FORMAT = "scalellm-checkpoint"
-VERSION = 2
-READABLE_VERSIONS = (1, 2)
+VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 256 << 20
 STEP_NAME = re.compile(r"step-(\d{8,})")
@@ -34,6 +35,9 @@ REPLACED_SUFFIX = ".replaced"
 FILE_OF_PREFIX = {"model": "model", "optim": "optimizer"}
 
 _Size = Annotated[int, Field(ge=0)]
+_Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# Smaller than a core's cache: what was read is hashed there.
+_READ_BYTES = 1 << 20
 
 
 class _Strict(BaseModel):
@@ -41,8 +45,11 @@ class _Strict(BaseModel):
 
 
 class FileEntry(_Strict):
+    """What a file must be: its size, and its hash under the name of the function."""
+
     size_bytes: _Size
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    blake3: _Hash | None = None
+    sha256: _Hash | None = None  # versions 1 and 2
 
 
 class PieceEntry(_Strict):
@@ -73,9 +80,12 @@ class Manifest(_Strict):
 
     @model_validator(mode="after")
     def _check_pieces(self) -> Manifest:
-        for name in self.files:
+        hashed_by = {"sha256"} if self.version < 3 else {"blake3"}
+        for name, entry in self.files.items():
             if not FILE_NAME.fullmatch(name):
                 raise ValueError(f"{name!r} is no file of a checkpoint")
+            if entry.model_dump(exclude_none=True).keys() - {"size_bytes"} != hashed_by:
+                raise ValueError(f"{name} needs {' '.join(hashed_by)} and no other hash")
         places: set[tuple[str, str]] = set()
         for name, tensor in self.tensors.items():
             for piece in tensor.pieces:
@@ -148,9 +158,11 @@ def checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
+def matches(path: Path, entry: FileEntry) -> bool:
+    """Whether the file has the hash that its entry names; every byte is read."""
+    digest = hashlib.sha256() if entry.blake3 is None else blake3()
+    buffer = memoryview(bytearray(_READ_BYTES))
     with path.open("rb", buffering=0) as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest() == (entry.blake3 or entry.sha256)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from scalellm.checkpoint.layout import FILE_OF_PREFIX, key_of
 from scalellm.checkpoint.safetensors_file import write_safetensors
-from scalellm.durable import fsync_path
 from scalellm.strategies import Piece
 
 # A file is closed before it would exceed this: what a rank holds of its shard while it writes.
@@ -41,7 +40,6 @@ def part_path(directory: Path, rank: int) -> Path:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, sort_keys=True, allow_nan=False))
-    fsync_path(path)
 
 
 def merge_tensor(tensors: dict[str, Any], name: str, tensor: dict[str, Any]) -> None:
@@ -62,6 +60,7 @@ class _Part:
         self._directory = directory
         self._rank = rank
         self._waiting: dict[str, dict[str, Tensor]] = {}
+        self._waiting_bytes: dict[str, int] = {}
         self._num_files: dict[str, int] = {}
         self._files: dict[str, Any] = {}
         self._tensors: dict[str, Any] = {}
@@ -74,13 +73,14 @@ class _Part:
     def add(self, piece: Piece) -> None:
         kind = FILE_OF_PREFIX[piece.name.partition(".")[0]]
         waiting = self._waiting.setdefault(kind, {})
-        if sum(tensor.nbytes for tensor in waiting.values()) + piece.tensor.nbytes > MAX_FILE_BYTES:
+        if self._waiting_bytes.get(kind, 0) + piece.tensor.nbytes > MAX_FILE_BYTES:
             self._flush(kind)
         shape = tuple(piece.tensor.shape)
         key = key_of(piece.name, piece.offsets, shape, piece.global_shape)
         if key in waiting:
             raise ValueError(f"{key} was given twice")
         waiting[key] = piece.tensor.detach().cpu()
+        self._waiting_bytes[kind] = self._waiting_bytes.get(kind, 0) + piece.tensor.nbytes
         entry = {
             "file": self._name(kind),
             "key": key,
@@ -93,6 +93,7 @@ class _Part:
         for kind in self._waiting:
             self._flush(kind)
         content = {"files": self._files, "tensors": self._tensors}
+        # Not fsynced: it is gone before the checkpoint counts.
         write_json(part_path(self._directory, self._rank), content)
 
     def _name(self, kind: str) -> str:
@@ -105,9 +106,10 @@ class _Part:
         name = self._name(kind)
         specs = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in waiting.items()}
         entry = write_safetensors(self._directory / name, specs, waiting.__getitem__)
-        self._files[name] = entry.model_dump()
+        self._files[name] = entry.model_dump(exclude_none=True)
         self._num_files[kind] = self._num_files.get(kind, 0) + 1
         waiting.clear()
+        self._waiting_bytes[kind] = 0
 
 
 def _cut(piece: Piece) -> Iterator[Piece]:

@@ -8,15 +8,17 @@ Format: 8 bytes header length, a JSON header padded with spaces to 8 bytes, the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from scalellm.checkpoint.layout import FileEntry
@@ -30,6 +32,10 @@ DTYPE_CODES = {
     torch.int32: "I32",
 }
 _CHUNK_BYTES = 4 << 20
+# How far the hash may be behind the file, and hold tensors.
+_CHUNKS_BEHIND = 16
+# The disk begins with a file once this much of it is written.
+_SYNC_BYTES = 32 << 20
 
 TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 
@@ -48,12 +54,22 @@ def write_safetensors(
     """
     # Wider elements first, so that all are aligned to their size.
     keys = sorted(specs, key=lambda key: -specs[key][0].itemsize)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
+    # The hash is taken in a thread of its own, the end of it while the disk is waited for.
+    digest = blake3()
+    hashing: deque[Future[Any]] = deque()
+    with (
+        path.open("wb") as file,
+        ThreadPoolExecutor(1) as hasher,
+        ThreadPoolExecutor(1) as syncer,
+    ):
+        early = _EarlySync(file.fileno(), syncer)
 
         def put(content: bytes | memoryview) -> None:
+            hashing.append(hasher.submit(digest.update, content))
             file.write(content)
-            digest.update(content)
+            early.wrote(len(content))
+            if len(hashing) > _CHUNKS_BEHIND:
+                hashing.popleft().result()
 
         put(_header({key: specs[key] for key in keys}))
         for key in keys:
@@ -65,8 +81,38 @@ def write_safetensors(
                 put(content[start : start + _CHUNK_BYTES])
         size_bytes = file.tell()
         file.flush()
-        os.fsync(file.fileno())
-    return FileEntry(size_bytes=size_bytes, sha256=digest.hexdigest())
+        early.finish()
+        for chunk in hashing:
+            chunk.result()
+    return FileEntry(size_bytes=size_bytes, blake3=digest.hexdigest())
+
+
+class _EarlySync:
+    """Lets the disk work while the rest of a file is copied for it: one fsync after another."""
+
+    def __init__(self, descriptor: int, thread: ThreadPoolExecutor) -> None:
+        self._descriptor = descriptor
+        self._thread = thread
+        self._syncing: Future[None] | None = None
+        self._waiting_bytes = 0
+
+    def wrote(self, size_bytes: int) -> None:
+        self._waiting_bytes += size_bytes
+        if self._waiting_bytes < _SYNC_BYTES or (self._syncing and not self._syncing.done()):
+            return
+        self._check()
+        self._syncing = self._thread.submit(os.fsync, self._descriptor)
+        self._waiting_bytes = 0
+
+    def finish(self) -> None:
+        """Returns when all is on the disk."""
+        self._check()
+        os.fsync(self._descriptor)
+
+    def _check(self) -> None:
+        """Raises what the last fsync met: the system tells of an error only once."""
+        if self._syncing is not None:
+            self._syncing.result()
 
 
 def _header(specs: Mapping[str, TensorSpec]) -> bytes:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from scalellm.checkpoint.buffers import Buffers
 from scalellm.checkpoint.write import save
 from scalellm.dist import World, side_group
 from scalellm.errors import CheckpointError
@@ -26,7 +23,7 @@ class Saver:
     All ranks make one together, call `save` at the same steps and `wait` at the end. A failure
     reaches all of them: the threads agree over a group of their own, so `save` and `wait` raise
     it on every rank or on none. `on_saved` hears the path of every finished one, in the thread
-    that wrote it.
+    that wrote it. The memory of a copy is kept for the next one, until `close`.
     """
 
     def __init__(
@@ -44,6 +41,7 @@ class Saver:
         self._asynchronous = asynchronous
         self._on_saved = on_saved
         self._group = side_group()
+        self._buffers = Buffers()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._abandoned = threading.Event()
@@ -65,7 +63,7 @@ class Saver:
         if not self._asynchronous or failed is not None:
             self._write(step, pieces, meta)
             return
-        arguments = (step, deque(map(_copied, pieces)), copy.deepcopy(meta))
+        arguments = (step, self._buffers.copy(pieces), copy.deepcopy(meta))
         self._thread = threading.Thread(
             target=self._run, args=arguments, name=f"save-{step}", daemon=True
         )
@@ -94,10 +92,11 @@ class Saver:
             self._thread.join(timeout_s)
             self._abandoned.set()
             self._thread = None
+        self._buffers.free()
 
-    def _run(self, step: int, pieces: deque[Piece], meta: dict[str, Any]) -> None:
+    def _run(self, step: int, pieces: list[Piece], meta: dict[str, Any]) -> None:
         try:
-            self._write(step, self._drained(pieces), meta)
+            self._write(step, self._unless_abandoned(pieces), meta)
         except BaseException as error:
             self._error = error
 
@@ -106,15 +105,8 @@ class Saver:
         if self._on_saved is not None:
             self._on_saved(path)
 
-    def _drained(self, pieces: deque[Piece]) -> Iterator[Piece]:
-        """Yields the pieces and forgets them, so that memory is free as soon as it is written."""
-        while pieces:
+    def _unless_abandoned(self, pieces: list[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
             if self._abandoned.is_set():
                 raise InterruptedError("the run has ended before it was written")
-            yield pieces.popleft()
-
-
-def _copied(piece: Piece) -> Piece:
-    tensor = piece.tensor.detach()
-    tensor = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
-    return replace(piece, tensor=tensor)
+            yield piece

@@ -122,6 +122,7 @@ def commit(temporary: Path, target: Path, step: int, meta: dict[str, Any], world
     manifest["checksum"] = checksum(manifest)
     Manifest.model_validate(manifest)
     write_json(temporary / MANIFEST, manifest)
+    fsync_path(temporary / MANIFEST)
     fsync_path(temporary)
     replaced = target.with_name(f".{target.name}{REPLACED_SUFFIX}")
     if target.exists():  # an older attempt at the same step: this one replaces it whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -152,27 +153,50 @@ def test_a_lying_manifest_is_refused(tmp_path: Path) -> None:
     refuse("m['tensors']['model.a.weight']['pieces'][0]['file'] = '/etc/passwd'", "not listed")
     refuse("m['step'] = -1", "damaged")
     refuse("m['format'] = 'other'", "not a scalellm-checkpoint")
-    refuse("m['version'] = 99", "version 99, this scalellm reads 1 and 2")
+    refuse("m['version'] = 99", "version 99, this scalellm reads 1, 2, 3")
     refuse("m['extra'] = 1", "damaged")
+    file = "m['files']['model-00000-000.safetensors']"
+    refuse(f"{file}['sha256'] = '0' * 64", "needs blake3 and no other hash")
+    refuse(f"del {file}['blake3']", "needs blake3 and no other hash")
+    refuse(f"{file}['blake3'] = {file}['blake3'].upper()", "damaged")
+    refuse("m['version'] = 2", "needs sha256 and no other hash")
     refuse("m['tensors']['model.a.weight']['dtype'] = 'uint8'", "damaged")
 
 
-def test_version_1_is_read(tmp_path: Path) -> None:
+def _as_version_1(manifest: dict[str, Any]) -> dict[str, Any]:
     """Its files had no number of their own, its pieces no key."""
-    path = save(tmp_path, 1)
-    text = (path / MANIFEST).read_text().replace("-00000-000.", "-00000.")
+    text = json.dumps(manifest).replace("-00000-000.", "-00000.")
     manifest = json.loads(text) | {"version": 1}
     for tensor in manifest["tensors"].values():
         for piece in tensor["pieces"]:
             del piece["key"]
+    return manifest
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_earlier_versions_are_read_and_verified(tmp_path: Path, version: int) -> None:
+    """Both had SHA-256."""
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / MANIFEST).read_text()) | {"version": version}
+    for name, entry in manifest["files"].items():
+        del entry["blake3"]
+        entry["sha256"] = hashlib.sha256((path / name).read_bytes()).hexdigest()
+    if version == 1:
+        manifest = _as_version_1(manifest)
+        for file in path.glob("*.safetensors"):
+            file.rename(path / file.name.replace("-000.", "."))
     manifest["checksum"] = checksum(manifest)
     (path / MANIFEST).write_text(json.dumps(manifest))
-    for file in path.glob("*.safetensors"):
-        file.rename(path / file.name.replace("-000.", "."))
     found = checkpoint.open_checkpoint(path)
     for piece in pieces():
         read = found.read(piece.name, piece.offsets, piece.global_shape)
         assert torch.equal(read, piece.tensor)
+    for file in path.glob("*.safetensors"):
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(CheckpointError, match=rf"{file.name} is damaged: its hash"):
+            checkpoint.open_checkpoint(path)
+        file.write_bytes(content)
 
 
 def test_no_pickle_is_ever_written(tmp_path: Path) -> None:

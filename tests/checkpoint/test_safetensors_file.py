@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file
 from torch import Tensor
 
-from scalellm.checkpoint.layout import sha256_of
+from scalellm.checkpoint import safetensors_file
 from scalellm.checkpoint.safetensors_file import DTYPE_CODES, write_safetensors
 
 
@@ -26,7 +30,8 @@ def test_the_library_reads_every_type_and_shape(tmp_path: Path) -> None:
     specs = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     path = tmp_path / "x.safetensors"
     entry = write_safetensors(path, specs, tensors.__getitem__)
-    assert (entry.size_bytes, entry.sha256) == (path.stat().st_size, sha256_of(path))
+    content = path.read_bytes()
+    assert (entry.size_bytes, entry.blake3) == (len(content), blake3(content).hexdigest())
     found = load_file(path)
     assert found.keys() == tensors.keys()
     for key, tensor in tensors.items():
@@ -49,3 +54,68 @@ def test_elements_are_aligned_to_their_size(tmp_path: Path) -> None:
 def test_another_tensor_than_announced_is_refused(tmp_path: Path, wrong: Tensor) -> None:
     with pytest.raises(ValueError, match="a is torch"):
         write_safetensors(tmp_path / "x", {"a": (torch.float32, (2,))}, lambda key: wrong)
+
+
+def test_a_slow_hash_is_waited_for_and_holds_few_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow:
+        def __init__(self) -> None:
+            self.digest, self.hashed_bytes = blake3(), 0
+            self.hexdigest = self.digest.hexdigest
+
+        def update(self, content: bytes) -> None:
+            time.sleep(0.002)
+            self.hashed_bytes += len(content)
+            self.digest.update(content)
+
+    slow = Slow()
+    monkeypatch.setattr(safetensors_file, "blake3", lambda: slow)
+    monkeypatch.setattr(safetensors_file, "_CHUNK_BYTES", 64)
+    tensors = {f"t{number}": torch.full((256,), float(number)) for number in range(10)}
+    behind_bytes = []
+
+    def load(key: str) -> Tensor:
+        behind_bytes.append((len(behind_bytes)) * 1024 - slow.hashed_bytes)
+        return tensors[key]
+
+    path = tmp_path / "x.safetensors"
+    specs = dict.fromkeys(tensors, (torch.float32, (256,)))
+    entry = write_safetensors(path, specs, load)
+    assert entry.blake3 == blake3(path.read_bytes()).hexdigest()
+    assert 0 < max(behind_bytes) <= (safetensors_file._CHUNKS_BEHIND + 1) * 64
+
+
+def test_a_failed_write_leaves_no_thread_behind(tmp_path: Path) -> None:
+    def load(key: str) -> Tensor:
+        raise OSError("the tensor is gone")
+
+    before = threading.active_count()
+    with pytest.raises(OSError, match="the tensor is gone"):
+        write_safetensors(tmp_path / "x", {"a": (torch.float32, (2,))}, load)
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_a_disk_that_fails_early_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """Linux reports a lost write to one fsync only: none of them may be passed over."""
+    calls: list[bool] = []
+
+    def fsync(descriptor: int) -> None:
+        calls.append(threading.current_thread() is threading.main_thread())
+        if len(calls) == failing:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(safetensors_file.os, "fsync", fsync)
+    monkeypatch.setattr(safetensors_file, "_SYNC_BYTES", 1000)
+
+    def load(key: str) -> Tensor:
+        time.sleep(0.05)  # time for an fsync
+        return torch.ones(256)
+
+    specs = dict.fromkeys("ab", (torch.float32, (256,)))
+    with pytest.raises(OSError, match="Input/output error"):
+        write_safetensors(tmp_path / "x", specs, load)
+    assert calls == [False, False, True][:failing]
