@@ -5,10 +5,13 @@
 All write the state of one decoder, weights and AdamW's moments after a step, to the same disk, once
 per repeat and in the opposite order in every other one. Every file is fsynced before it counts;
 what is deleted is deleted outside the clock. "raw" writes the bytes of our own files, as many
-files, and fsyncs each: no hash, no manifest, no rename. The stall is what `Saver.save` waits for
-with `checkpoint.asynchronous`; the first save of a run also asks the system for the memory of its
-copy. Reading starts from a warm page cache: raw reads into memory that is there, "verify" hashes
-every byte, "load" verifies and fills the model and its optimizer. CPU seconds are of all threads.
+files, and fsyncs each: no hash, no manifest, no rename. The stall is what the loop waits for with
+`checkpoint.asynchronous`: in `Saver.save`, then, after the next forward and backward, for the rest
+of the copy, before the weights change. The copy takes cores and memory from that forward and
+backward, which is therefore timed too, beside a copy and alone. The first save of a run also asks
+the system for the memory of its copy. Reading starts from a warm page cache: raw reads into memory
+that is there, "verify" hashes every byte, "load" verifies and fills the model and its optimizer.
+CPU seconds are of all threads.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ import torch
 from safetensors.torch import save_file
 
 from scalellm import checkpoint
+from scalellm.batches import Batch
 from scalellm.config import ModelConfig
 from scalellm.dist import World
 from scalellm.durable import fsync_path
@@ -47,12 +51,15 @@ CHUNK_BYTES = 4 << 20
 RAW, OURS = "raw write + fsync", "scalellm, synchronous"
 PICKLE, SAFETENSORS = "torch.save + fsync", "safetensors save_file + fsync"
 FIRST, STALL = "scalellm, stall of the first asynchronous save", "scalellm, stall of the next ones"
+ALONE, BESIDE = "forward and backward, alone", "forward and backward, beside a copy"
+STEP_SAMPLES = 8
 READ, VERIFY, LOAD = "raw read", "scalellm, verify", "scalellm, verify and load"
 # name: (dividend, divisor), of the same repeat
 RATIOS = {
     "raw write / synchronous save (goal: at least 0.80)": (RAW, OURS),
     "stall / synchronous save (goal: at most 0.05)": (STALL, OURS),
     "stall of the first / synchronous save": (FIRST, OURS),
+    "forward and backward, beside a copy / alone": (BESIDE, ALONE),
     "torch.save / synchronous save": (PICKLE, OURS),
     "safetensors / synchronous save": (SAFETENSORS, OURS),
     "raw read / verify": (READ, VERIFY),
@@ -73,6 +80,13 @@ class Times:
         yield
         self.wall_s.append(time.perf_counter() - wall_s)
         self.cpu_s.append(time.process_time() - cpu_s)
+
+    def prolong(self, action: Callable[[], None]) -> None:
+        """Adds what `action` takes to the last entry."""
+        wall_s, cpu_s = time.perf_counter(), time.process_time()
+        action()
+        self.wall_s[-1] += time.perf_counter() - wall_s
+        self.cpu_s[-1] += time.process_time() - cpu_s
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -222,11 +236,24 @@ class Bench:
 
     def _asynchronous(self, place: Path) -> None:
         saver = checkpoint.Saver(place, World(), keep=9, asynchronous=True)
+        self._compute()
+        with self._measured(ALONE):
+            self._compute()
         for step, name in enumerate((FIRST, STALL)):
             with self._measured(name):
                 saver.save(step, self._strategy.state(), {})
+            with self._measured(BESIDE) if name == STALL else nullcontext():
+                self._compute()
+            self.times[name].prolong(saver.wait_for_copy)
             saver.wait()
         saver.close()
+
+    def _compute(self) -> None:
+        """The forward and backward of a step."""
+        tokens_BT = torch.zeros(STEP_SAMPLES, 64, dtype=torch.long)
+        with self._strategy.micro_step(True):
+            loss = self._strategy.forward(Batch(tokens_BT, tokens_BT))
+            self._strategy.backward(loss, tokens_BT.numel())
 
     def _read(self, place: Path) -> None:
         del place

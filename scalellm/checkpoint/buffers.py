@@ -19,6 +19,30 @@ _ALIGNMENT_BYTES = 64
 _BATCH_BYTES = 8 << 20
 
 
+class Copying:
+    """Copies of pieces that are under way."""
+
+    def __init__(
+        self, pieces: list[Piece], moving: list[Future[None]], events: list[torch.cuda.Event]
+    ) -> None:
+        self._pieces, self._moving, self._events = pieces, moving, events
+
+    def wait_for_sources(self) -> None:
+        """Returns once what was copied may change.
+
+        On a GPU that is so at once: later work of a stream comes after the copies made in it.
+        """
+        for batch in self._moving:
+            batch.result()
+
+    def result(self) -> list[Piece]:
+        """Returns the pieces with tensors of their own, once they are filled."""
+        self.wait_for_sources()
+        for event in self._events:
+            event.synchronize()
+        return self._pieces
+
+
 class Buffers:
     """Copies of pieces in host memory, which the next copies overwrite.
 
@@ -31,8 +55,11 @@ class Buffers:
         self._slabs: list[_Slab] = []
         self._copies: dict[tuple[str, tuple[int, ...]], Piece] = {}
 
-    def copy(self, pieces: Iterable[Piece]) -> list[Piece]:
-        """Returns the pieces with tensors of their own; those of the last call are overwritten."""
+    def begin(self, pieces: Iterable[Piece]) -> Copying:
+        """Starts copying the pieces, over those of the last call, and returns without waiting.
+
+        What the pieces hold must not change before `Copying.wait_for_sources` has returned.
+        """
         copies: list[Piece] = []
         streams: set[torch.cuda.Stream] = set()
         with _Mover() as mover:
@@ -47,9 +74,7 @@ class Buffers:
                 else:
                     copy.tensor.copy_(source)
                 copies.append(copy)
-        for stream in streams:
-            stream.synchronize()
-        return copies
+        return Copying(copies, mover.moving, [stream.record_event() for stream in streams])
 
     def free(self) -> None:
         """Forgets the memory; it is gone when nobody has a copy any more."""
@@ -99,18 +124,17 @@ class _Mover:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(torch.get_num_threads())
-        self._moving: list[Future[None]] = []
+        self.moving: list[Future[None]] = []
         self._batch: list[tuple[Tensor, Tensor, int, int]] = []
         self._batch_bytes = 0
 
     def __enter__(self) -> _Mover:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
+        """Starts the rest; after an error waits, since nobody else will."""
         self._start()
-        self._pool.shutdown()
-        for batch in self._moving:
-            batch.result()
+        self._pool.shutdown(wait=kind is not None)
 
     def add(self, target: Tensor, source: Tensor) -> None:
         for start in range(0, source.nbytes, _BATCH_BYTES):
@@ -121,7 +145,7 @@ class _Mover:
                 self._start()
 
     def _start(self) -> None:
-        self._moving.append(self._pool.submit(_move, self._batch))
+        self.moving.append(self._pool.submit(_move, self._batch))
         self._batch, self._batch_bytes = [], 0
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from scalellm.checkpoint.buffers import Buffers
+from scalellm.checkpoint.buffers import Buffers, Copying
 from scalellm.checkpoint.write import save
 from scalellm.dist import World, side_group
 from scalellm.errors import CheckpointError
@@ -42,15 +42,16 @@ class Saver:
         self._on_saved = on_saved
         self._group = side_group()
         self._buffers = Buffers()
+        self._copying: Copying | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._abandoned = threading.Event()
 
     def save(self, step: int, pieces: Iterable[Piece], meta: dict[str, Any]) -> None:
-        """Saves `root/step-XXXXXXXX` as things stand; they may change once this returns.
+        """Saves `root/step-XXXXXXXX` as things stand; they may change after `wait_for_copy`.
 
-        In the background at most the copy is waited for, besides a previous save in flight. After
-        one that failed this one is made in the foreground, since it may be the last chance.
+        In the background nothing is waited for but a previous save in flight. After one that failed
+        this one is made in the foreground, since it may be the last chance.
 
         Raises:
             CheckpointError: this save, after the one before it, did not work.
@@ -63,11 +64,22 @@ class Saver:
         if not self._asynchronous or failed is not None:
             self._write(step, pieces, meta)
             return
-        arguments = (step, self._buffers.copy(pieces), copy.deepcopy(meta))
+        self._copying = self._buffers.begin(pieces)
+        arguments = (step, self._copying, copy.deepcopy(meta))
         self._thread = threading.Thread(
             target=self._run, args=arguments, name=f"save-{step}", daemon=True
         )
         self._thread.start()
+
+    def wait_for_copy(self) -> None:
+        """Returns once what is being saved has been copied and may change.
+
+        Weights and optimizer state change only in the optimizer's update, so that the copy goes on
+        beside the next forward and backward (CheckFreq, Mohan et al. 2021, section 4.1).
+        """
+        if self._copying is not None:
+            self._copying.wait_for_sources()
+            self._copying = None
 
     def wait(self) -> None:
         """Returns once nothing is in flight. Raises CheckpointError if the last save failed."""
@@ -92,11 +104,12 @@ class Saver:
             self._thread.join(timeout_s)
             self._abandoned.set()
             self._thread = None
+        self._copying = None
         self._buffers.free()
 
-    def _run(self, step: int, pieces: list[Piece], meta: dict[str, Any]) -> None:
+    def _run(self, step: int, copying: Copying, meta: dict[str, Any]) -> None:
         try:
-            self._write(step, self._unless_abandoned(pieces), meta)
+            self._write(step, self._unless_abandoned(copying.result()), meta)
         except BaseException as error:
             self._error = error
 

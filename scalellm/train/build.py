@@ -124,6 +124,7 @@ def _build(
         micro_batch_size=plan.micro_batch_size,
         evaluate=_evaluator(config, world, strategy, plan, dataset),
         save=functools.partial(save_run, folder, saver),
+        finish_copying=saver.wait_for_copy,
         finish_saving=saver.wait,
         writers=[],
         early_stopping=EarlyStopping(

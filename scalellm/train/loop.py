@@ -33,6 +33,7 @@ class Run:
     micro_batch_size: int
     evaluate: Callable[[], Evaluation] | None
     save: Callable[[Run], None]
+    finish_copying: Callable[[], None]
     finish_saving: Callable[[], None]
     writers: list[Writer]
     early_stopping: EarlyStopping
@@ -102,6 +103,8 @@ def _train_step(run: Run, stop: StopSignal) -> tuple[Row, bool]:
         loss_sum += loss.detach()
         clock.lap("backward_s")
     rate = learning_rate(step, run.config.train)
+    with run.session.saving():
+        run.finish_copying()  # of a save in the background, before weights change
     result = strategy.step(rate)
     clock.lap("optimizer_s")
     asked = float(stop.received is not None)

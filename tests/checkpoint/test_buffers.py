@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,10 @@ def pieces(seed: int) -> list[Piece]:
     return [piece_of(f"model.t{number}", tensor) for number, tensor in enumerate(tensors(seed))]
 
 
+def copied(made: Buffers, state: Iterable[Piece]) -> list[Piece]:
+    return made.begin(state).result()
+
+
 def addresses(copies: list[Piece]) -> list[int]:
     return [piece.tensor.data_ptr() for piece in copies]
 
@@ -63,7 +67,7 @@ def test_copies_are_equal_contiguous_and_apart(
     monkeypatch.setattr(buffers, "_BATCH_BYTES", batch_bytes)
     made = Buffers()
     for seed in (1, 2):
-        copies = made.copy(pieces(seed))
+        copies = copied(made, pieces(seed))
         ranges = []
         for piece, original in zip(copies, pieces(seed), strict=True):
             assert torch.equal(piece.tensor, original.tensor)
@@ -78,14 +82,14 @@ def test_copies_are_equal_contiguous_and_apart(
 
 def test_the_same_state_goes_to_the_same_memory() -> None:
     made = Buffers()
-    first = addresses(made.copy(pieces(1)))
-    assert addresses(made.copy(pieces(2))) == first
+    first = addresses(copied(made, pieces(1)))
+    assert addresses(copied(made, pieces(2))) == first
 
 
 def test_another_shape_or_type_under_a_name_gets_other_memory() -> None:
     made = Buffers()
     for tensor in (torch.ones(6), torch.full((2, 3), 2.0), torch.full((2, 3), 3.0).double()):
-        [copy] = made.copy([piece_of("model.a", tensor)])
+        [copy] = copied(made, [piece_of("model.a", tensor)])
         assert torch.equal(copy.tensor, tensor) and copy.tensor.dtype == tensor.dtype
 
 
@@ -93,9 +97,9 @@ def test_a_state_that_has_grown_finds_room(monkeypatch: pytest.MonkeyPatch) -> N
     """The first save of a run that has not taken a step has no moments."""
     monkeypatch.setattr(buffers, "_SLAB_BYTES", 4096)
     made = Buffers()
-    made.copy(pieces(1)[:1])
+    copied(made, pieces(1)[:1])
     more = [*pieces(2), piece_of("model.more", torch.ones(3000))]
-    for piece, original in zip(made.copy(more), more, strict=True):
+    for piece, original in zip(copied(made, more), more, strict=True):
         assert torch.equal(piece.tensor, original.tensor)
 
 
@@ -105,7 +109,7 @@ def test_tensors_made_on_the_way_live_until_they_are_copied() -> None:
         for number in range(20):
             yield piece_of(f"model.{number}", torch.full((100_000,), float(number)))
 
-    for number, piece in enumerate(Buffers().copy(passing())):
+    for number, piece in enumerate(copied(Buffers(), passing())):
         assert torch.equal(piece.tensor, torch.full((100_000,), float(number)))
 
 
@@ -115,7 +119,7 @@ def test_an_error_of_the_state_is_heard() -> None:
         raise RuntimeError("a rank is gone")
 
     with pytest.raises(RuntimeError, match="a rank is gone"):
-        Buffers().copy(broken())
+        Buffers().begin(broken())
 
 
 def test_a_save_in_flight_is_not_overwritten_by_the_next(
@@ -134,6 +138,7 @@ def test_a_save_in_flight_is_not_overwritten_by_the_next(
     made = checkpoint.Saver(tmp_path, World(), keep=9, asynchronous=True)
     tensor = torch.full((400, 400), 1.0)
     made.save(1, [piece_of("model.a", tensor)], {})
+    made.wait_for_copy()
     tensor.fill_(2.0)
     second = threading.Thread(target=made.save, args=(2, [piece_of("model.a", tensor)], {}))
     second.start()
@@ -148,6 +153,35 @@ def test_a_save_in_flight_is_not_overwritten_by_the_next(
         assert torch.equal(
             found.read("model.a", (0, 0), (400, 400)), torch.full((400, 400), float(step))
         )
+
+
+def test_what_is_saved_may_change_after_the_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both `save` and what computes next go on beside the copy; `wait_for_copy` does not."""
+    may_copy, move = threading.Event(), buffers._move
+
+    def held(batch: Any) -> None:
+        may_copy.wait(30)
+        move(batch)
+
+    monkeypatch.setattr(buffers, "_move", held)
+    made = checkpoint.Saver(tmp_path, World(), keep=9, asynchronous=True)
+    tensor = torch.full((400, 400), 1.0)
+    made.save(1, [piece_of("model.a", tensor)], {})
+    waiting = threading.Thread(target=made.wait_for_copy)
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    may_copy.set()
+    waiting.join(30)
+    assert not waiting.is_alive()
+    tensor.fill_(2.0)
+    made.wait()
+    found = checkpoint.open_checkpoint(tmp_path / "step-00000001")
+    assert torch.equal(found.read("model.a", (0, 0), (400, 400)), torch.ones(400, 400))
+    made.wait_for_copy()  # nothing is under way: returns
+    made.close()
 
 
 def test_memory_is_held_once_and_given_back(tmp_path: Path) -> None:
@@ -172,7 +206,7 @@ def test_a_gpus_state_goes_to_pinned_memory() -> None:
     for seed in (1, 2):
         on_gpu = [piece_of(piece.name, piece.tensor.cuda()) for piece in pieces(seed)]
         mixed = [piece_of("model.first", torch.tensor(float(seed))), *on_gpu]
-        copies = made.copy(mixed)
+        copies = copied(made, mixed)
         for piece, original in zip(copies, mixed, strict=True):
             assert piece.tensor.device.type == "cpu"
             assert torch.equal(piece.tensor, original.tensor.cpu())
