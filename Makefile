@@ -9,9 +9,13 @@ DATA ?= data/stdlib
 PREPARE_FLAGS ?= --vocab-size 2048 --limit-mb 12 --val-fraction 0.03
 # One thread in each of two processes is faster on two cores than two threads in one process.
 NPROC ?= 2
+# Tests at a time; files stay whole, since the ranks that a file's tests share are its own.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: setup train test test-all test-slow test-cluster lint format bench clean
 .DEFAULT_GOAL := help
@@ -39,13 +43,12 @@ train: $(VENV)/.ready  ## train a decoder on Python's own library, show what it 
 	@$(BIN)/scalellm train $(CONFIG) --nproc $(NPROC) --resume auto data.path=$(DATA) $(OVERRIDES)
 
 test: $(VENV)/.ready-dev  ## the fast tests
-	@$(BIN)/python -m pytest -m "not slow and not cluster and not gpu"
+	@$(PYTEST) -m "not slow and not cluster and not gpu"
 
-test-all: $(VENV)/.ready-dev  ## the fast and the slow tests
-	@$(BIN)/python -m pytest
+test-all: test test-slow test-cluster  ## the fast and the slow tests, and real clusters
 
 test-slow: $(VENV)/.ready-dev  ## compilers, whole documents, the whole matrix: half an hour
-	@$(BIN)/python -m pytest -m "(slow or gpu) and not cluster"
+	@$(PYTEST) -m "(slow or gpu) and not cluster"
 
 test-cluster: $(VENV)/.ready-dev  ## several hosts out of namespaces, and what dies there; needs root
 	@$(BIN)/python -m pytest -m cluster

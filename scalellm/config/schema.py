@@ -68,6 +68,9 @@ class ModelConfig(Section):
     dropout: float = setting(0.0, "probability, on embeddings and residuals", ge=0, lt=1)
     init_std: float = setting(0.02, "standard deviation of the initial weights", gt=0)
     attention: Literal["auto", "sdpa", "explicit"] = setting("auto", "attention kernel")
+    loss_chunk_tokens: int = setting(
+        0, "tokens whose logits exist at a time, to save memory; 0: all", unit="tokens", ge=0
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -2,7 +2,8 @@
 
 from scalellm.model.attention import KVCache, cpu_multiplies_bf16
 from scalellm.model.count import count_parameters, flops_per_token
-from scalellm.model.decoder import IGNORED_TARGET, Decoder
+from scalellm.model.decoder import Decoder
+from scalellm.model.loss import IGNORED_TARGET
 
 __all__ = [
     "IGNORED_TARGET",

@@ -20,13 +20,30 @@ from torch import Tensor, nn
 from scalellm.config import ModelConfig
 from scalellm.errors import ConfigError, UserError
 from scalellm.model.attention import KVCache, LayerCache, attend, document_mask
-
-IGNORED_TARGET = -100
+from scalellm.model.loss import chunked_sum_of_losses, sum_of_losses
 
 
 class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Draws nothing: `Decoder.init_weights` sets every weight, once."""
+
+
+class Head(Linear):
+    """The output projection. It takes the loss too, where its weight is whole: see `loss`."""
+
+    def forward(
+        self, x_BTC: Tensor, targets_BT: Tensor | None = None, chunk_tokens: int = 0
+    ) -> Tensor:
+        return logits_or_loss(x_BTC, self.weight, targets_BT, chunk_tokens)
+
+
+def logits_or_loss(
+    x_BTC: Tensor, weight_VC: Tensor, targets_BT: Tensor | None, chunk_tokens: int
+) -> Tensor:
+    if targets_BT is not None and chunk_tokens:
+        return chunked_sum_of_losses(x_BTC, weight_VC, targets_BT, chunk_tokens)
+    logits_BTV = F.linear(x_BTC, weight_VC)
+    return logits_BTV if targets_BT is None else sum_of_losses(logits_BTV, targets_BT)
 
 
 class Embedding(nn.Embedding):
@@ -68,17 +85,6 @@ def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.bias)
-
-
-def sum_of_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Returns the summed cross-entropy in nats, computed in fp32 or wider; -100 is left out."""
-    wide = torch.promote_types(logits_BTV.dtype, torch.float32)
-    return F.cross_entropy(
-        logits_BTV.flatten(0, 1).to(wide),
-        targets_BT.flatten().long(),
-        ignore_index=IGNORED_TARGET,
-        reduction="sum",
-    )
 
 
 class SelfAttention(nn.Module):
@@ -185,7 +191,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = make_norm(config) if config.norm_position == "pre" else nn.Identity()
         if not config.tie_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         if not self.embed_tokens.weight.is_meta:
             self.init_weights()
@@ -264,11 +270,11 @@ class Decoder(nn.Module):
             layer_cache = (cache.layers[index],) if cache is not None else ()
             x_BTC = layer(x_BTC, rotation_2BT1R, mask_B1TS, *layer_cache)
         x_BTC = self.norm(x_BTC[:, -1:] if last_only else x_BTC)
+        chunk_tokens = self.config.loss_chunk_tokens
         if self.config.tie_embeddings:
-            logits_BTV = F.linear(x_BTC, self.embed_tokens.weight)
-        else:
-            logits_BTV = self.lm_head(x_BTC)
-        return logits_BTV if targets_BT is None else sum_of_losses(logits_BTV, targets_BT)
+            return logits_or_loss(x_BTC, self.embed_tokens.weight, targets_BT, chunk_tokens)
+        loss: Tensor = self.lm_head(x_BTC, targets_BT, chunk_tokens)
+        return loss
 
     def _embed(self, tokens_BT: Tensor, positions_BT: Tensor, end: int) -> Tensor:
         kind, limit = self.config.positions, self.config.seq_len

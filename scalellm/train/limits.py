@@ -33,6 +33,7 @@ def check_resources(config: Config, plan: BatchPlan, world: World, sharding: Sha
     element_bytes = 8 if config.train.precision == "fp64" else 4
     rows = max(plan.micro_batch_size, config.eval.batch_size or 0)
     positions = rows * config.model.seq_len
+    positions = min(positions, config.model.loss_chunk_tokens or positions)
     state_bytes, host_bytes = _state_bytes(config, world, sharding, element_bytes)
     batch_bytes = 2 * positions * (config.model.vocab_size or 0) * element_bytes
     ids_bytes = 2 * plan.micro_batch_size * plan.grad_accumulation * (config.model.seq_len + 1)
@@ -50,7 +51,8 @@ def check_resources(config: Config, plan: BatchPlan, world: World, sharding: Sha
             f"({_gib(state_bytes)} a rank for the model and its optimizer, {_gib(batch_bytes)} for "
             f"the logits of {rows} samples, {_gib(copy_bytes)} together to save in the "
             f"background), but {_gib(available_bytes)} are available; lower the model's size, "
-            "train.micro_batch_size or model.seq_len, or set checkpoint.asynchronous=false"
+            "train.micro_batch_size or model.seq_len, or set model.loss_chunk_tokens=1024 or "
+            "checkpoint.asynchronous=false"
         )
 
 

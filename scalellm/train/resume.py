@@ -15,7 +15,7 @@ from scalellm.train.folder import RunFolder, tokenizer_sha256
 from scalellm.train.loop import Run
 
 # What may differ between a checkpoint's model and the one that resumes it: it changes no function.
-_FREE = {"preset", "dropout", "attention", "init_std", "seq_len"}
+_FREE = {"preset", "dropout", "attention", "init_std", "seq_len", "loss_chunk_tokens"}
 
 
 class _Strict(BaseModel):

@@ -130,6 +130,30 @@ def test_a_parameter_unused_now_and_then_or_frozen(
         assert worst_difference(curve, odd_reference(precision, kind)) < TOLERANCE[precision]
 
 
+def chunked_curve(label: str, precision: str, is_tied: bool, chunk_tokens: int) -> Curve:
+    model = MODEL.model_copy(update={"tie_embeddings": is_tied, "loss_chunk_tokens": chunk_tokens})
+    task = Task(model, STEPS, precision, micro_batch=2)
+    world = detect()
+    strategy = build(task, VARIANTS[label].name, options_of(label), world)
+    curve = Curve()
+    for loss, grad_norm, gradients in train_steps(strategy, task, world, range(STEPS)):
+        curve.losses.append(loss)
+        curve.grad_norms.append(grad_norm)
+        curve.gradients = curve.gradients or gradients
+    strategy.close()
+    return curve
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("label", ["ddp", "fsdp", "deepspeed-2", "deepspeed-3"])
+def test_the_chunked_loss(ranks: Callable[..., list[Curve]], label: str, is_tied: bool) -> None:
+    """Takes the projection's weight, which ZeRO-3 and FSDP gather, without its module's product."""
+    precision = VARIANTS[label].precision
+    wanted = chunked_curve("single", precision, is_tied, 0)
+    for curve in ranks(chunked_curve, 2, label, precision, is_tied, 7):
+        assert worst_difference(curve, wanted) < TOLERANCE[precision]
+
+
 def poisoned_steps(label: str, precision: str) -> list[tuple[float, bool, float]]:
     """(gradient norm, skipped, loss after) of steps of which rank 1's second has a NaN."""
     task = Task(MODEL, STEPS, precision)

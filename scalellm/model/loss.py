@@ -1,0 +1,102 @@
+"""Cross-entropy, with all logits at once or with those of a few tokens at a time.
+
+Shapes: B batch, T tokens of a row, N = B T tokens, n of them at a time, C features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED_TARGET = -100
+
+
+def sum_of_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Returns the summed cross-entropy in nats, computed in fp32 or wider; -100 is left out."""
+    wide = torch.promote_types(logits_BTV.dtype, torch.float32)
+    return F.cross_entropy(
+        logits_BTV.flatten(0, 1).to(wide),
+        targets_BT.flatten().long(),
+        ignore_index=IGNORED_TARGET,
+        reduction="sum",
+    )
+
+
+def chunked_sum_of_losses(
+    x_BTC: Tensor, weight_VC: Tensor, targets_BT: Tensor, chunk_tokens: int
+) -> Tensor:
+    """Returns `sum_of_losses` of `x_BTC @ weight_VC.T`, whose logits never exist all at once.
+
+    The gradients of a chunk are computed while its logits are there, in the forward, so that they
+    are needed only once (Liger Kernel, Hsu et al. 2024, section 3.2). The logits, their softmax and
+    its gradient, N x V each, become n x V; the weight's gradient, V x C, is held from then on.
+
+    Args:
+        chunk_tokens: n, 1 or more.
+    """
+    loss: Tensor = _ChunkedLoss.apply(
+        x_BTC.flatten(0, 1), weight_VC, targets_BT.flatten().long(), chunk_tokens
+    )
+    return loss
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, chunk_tokens: int
+    ) -> Tensor:
+        dtype = _product_type(x_NC)
+        with torch.autocast(x_NC.device.type, enabled=False):
+            return _forward(ctx, x_NC, weight_VC, targets_N, chunk_tokens, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of a chunked loss can be taken once only")
+        (grad_x_NC, grad_VC), ctx.gradients = ctx.gradients, None
+        return grad_x_NC.mul_(grad), grad_VC.mul_(grad), None, None
+
+
+def _forward(
+    ctx: Any, x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor, n: int, dtype: torch.dtype
+) -> Tensor:
+    """Sums the losses; leaves the gradients of both factors in `ctx`."""
+    wide = torch.promote_types(dtype, torch.float32)
+    matrix_VC = weight_VC.detach().to(dtype)
+    is_training = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    grad_x_NC = torch.empty_like(x_NC) if is_training else None
+    grad_VC = torch.zeros_like(matrix_VC, dtype=wide) if is_training else None
+    loss_sum = torch.zeros((), dtype=wide, device=x_NC.device)
+    for start in range(0, len(x_NC), n):
+        part = slice(start, start + n)
+        x_nC = x_NC[part].detach().to(dtype)
+        loss, grad_nV = _loss_and_gradient((x_nC @ matrix_VC.T).to(wide), targets_N[part])
+        loss_sum += loss
+        if grad_x_NC is not None and grad_VC is not None:
+            grad_nV = grad_nV.to(dtype)
+            grad_x_NC[part] = grad_nV @ matrix_VC
+            grad_VC += grad_nV.T @ x_nC
+    ctx.gradients = None if grad_VC is None else (grad_x_NC, grad_VC.to(weight_VC.dtype))
+    return loss_sum
+
+
+def _product_type(x: Tensor) -> torch.dtype:
+    """What autocast would multiply in; but not fp16: no loss scale protects these gradients."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _loss_and_gradient(logits_nV: Tensor, targets_n: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the summed loss and its gradient, which takes the place of the logits."""
+    is_counted_n1 = (targets_n != IGNORED_TARGET).unsqueeze(1)
+    targets_n1 = targets_n.clamp_min(0).unsqueeze(1)
+    log_sum_n1 = logits_nV.logsumexp(1, keepdim=True)
+    losses_n1 = log_sum_n1 - logits_nV.gather(1, targets_n1)
+    loss = losses_n1.masked_fill(~is_counted_n1, 0.0).sum()
+    grad_nV = logits_nV.sub_(log_sum_n1).exp_()
+    grad_nV.scatter_add_(1, targets_n1, torch.full_like(losses_n1, -1.0))
+    return loss, grad_nV.masked_fill_(~is_counted_n1, 0.0)
