@@ -24,6 +24,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from _processes import descendants
+
 from scalellm.data.prepare import PrepareOptions, prepare
 from scalellm.dist import World
 from scalellm.errors import UserError
@@ -159,7 +161,7 @@ class _Run:
 
     def send(self, number: signal.Signals) -> None:
         """Signals the run with all its descendants, those of Ray included."""
-        for pid in _tree(self._process.pid):
+        for pid in descendants(self._process.pid):
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
@@ -171,19 +173,6 @@ class _Run:
         lines = self._log.read_text().splitlines() or ["nothing"]
         own = [line for line in lines if line.startswith("scalellm: ")]
         raise UserError(f"{self.who} ended with {self._process.poll()}: {(own or lines)[-1]}")
-
-
-def _tree(pid: int) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(stat.parent.name))
-    found, new = [], [pid]
-    while new:
-        found += new
-        new = [child for one in new for child in children.get(one, [])]
-    return found
 
 
 def _table(report: dict[str, Any]) -> str:

@@ -137,7 +137,19 @@ def _build(
     stack.callback(run.profiler.close)
     if source is not None:
         load_run_state(run, source, dataset, folder)
-    stream = data.TokenStream(
+    stream = _open_stream(config, world, dataset, run.cursor)
+    stack.callback(stream.close)
+    run.stream = iter(stream)
+    together(lambda: _open_folder(run, folder, dataset, source), world, main_only=True)
+    for writer in run.writers:
+        stack.callback(writer.close)
+    return run
+
+
+def _open_stream(
+    config: Config, world: World, dataset: data.TokenDataset, cursor: data.Cursor | None
+) -> data.TokenStream:
+    return data.TokenStream(
         dataset,
         seq_len=config.model.seq_len,
         global_batch_size=config.train.global_batch_size,
@@ -147,14 +159,8 @@ def _build(
         lanes=config.data.lanes,
         document_mask=config.data.document_mask,
         decode_threads=config.data.decode_threads,
-        cursor=run.cursor,
+        cursor=cursor,
     )
-    stack.callback(stream.close)
-    run.stream = iter(stream)
-    together(lambda: _open_folder(run, folder, dataset, source), world, main_only=True)
-    for writer in run.writers:
-        stack.callback(writer.close)
-    return run
 
 
 def _open_folder(

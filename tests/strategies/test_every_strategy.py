@@ -16,6 +16,7 @@ from scalellm.config import ModelConfig
 from scalellm.dist import detect
 from scalellm.model import Decoder
 from scalellm.parity import TOLERANCE, VARIANTS, Curve, Task, build, train_steps, worst_difference
+from scalellm.strategies import Strategy
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=24, num_heads=2, num_kv_heads=1, vocab_size=31, seq_len=12
@@ -99,8 +100,12 @@ def uneven_curve(label: str, precision: str) -> Curve:
         return forward(batch)
 
     vars(strategy)["forward"] = forward_of_half
+    return curve_of(strategy, task)
+
+
+def curve_of(strategy: Strategy, task: Task) -> Curve:
     curve = Curve()
-    for loss, grad_norm, gradients in train_steps(strategy, task, world, range(STEPS)):
+    for loss, grad_norm, gradients in train_steps(strategy, task, detect(), range(STEPS)):
         curve.losses.append(loss)
         curve.grad_norms.append(grad_norm)
         curve.gradients = curve.gradients or gradients
@@ -134,14 +139,7 @@ def chunked_curve(label: str, precision: str, is_tied: bool, chunk_tokens: int) 
     model = MODEL.model_copy(update={"tie_embeddings": is_tied, "loss_chunk_tokens": chunk_tokens})
     task = Task(model, STEPS, precision, micro_batch=2)
     world = detect()
-    strategy = build(task, VARIANTS[label].name, options_of(label), world)
-    curve = Curve()
-    for loss, grad_norm, gradients in train_steps(strategy, task, world, range(STEPS)):
-        curve.losses.append(loss)
-        curve.grad_norms.append(grad_norm)
-        curve.gradients = curve.gradients or gradients
-    strategy.close()
-    return curve
+    return curve_of(build(task, VARIANTS[label].name, options_of(label), world), task)
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
