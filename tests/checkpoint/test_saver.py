@@ -81,6 +81,7 @@ def test_the_values_are_those_of_the_moment(
     background = made(tmp_path)
     background.save(1, pieces_of(tensor), meta)
     assert not list(tmp_path.iterdir())  # nothing is written yet, and the training goes on
+    background.wait_for_copy()
     tensor.fill_(2.0)
     meta["tokens"].append(2)
     gate.opened.set()
@@ -194,6 +195,7 @@ def _train_and_save(root: Path) -> float:
             assert total.unique().tolist() == [6.0]
         rows = slice(2 * world.rank, 2 * world.rank + 2)
         background.save(step, [Piece("model.a", value[rows], SHAPE, (rows.start, 0))], {})
+        background.wait_for_copy()
         value.add_(1)
     background.wait()
     return float(value[0, 0])
