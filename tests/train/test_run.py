@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from scalellm.checkpoint import buffers
 from scalellm.checkpoint.layout import MANIFEST
 from scalellm.config import Config, parse_config
 from scalellm.dist import detect
@@ -117,6 +118,29 @@ def test_resumed_is_bit_identical(tiny_values: Values, tmp_path: Path, dropout: 
         for folder in (again, tmp_path / "straight")
     ]
     assert [pair for pair in losses[0] if pair[0] != 3] == [p for p in losses[1] if p[0] != 3]
+
+
+def test_the_update_waits_for_the_copy_of_a_background_save(
+    tiny_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy that takes longer than a step holds the weights of the step it was asked for."""
+    move = buffers._move
+
+    def slow(batch: Any) -> None:
+        time.sleep(0.3)
+        move(batch)
+
+    monkeypatch.setattr(buffers, "_move", slow)
+    tiny_values["checkpoint"] = {"every_steps": 2, "keep": 9, "asynchronous": True}
+    _train(tiny_values)
+    run_dir = Path(tiny_values["run"]["dir"])
+    [end] = rows(parse_config(tiny_values), "end")
+    assert end["save_stall_s"] > 2 * 0.3
+    tiny_values["checkpoint"]["asynchronous"] = False
+    tiny_values["run"] |= {"dir": str(tmp_path / "foreground")}
+    _train(tiny_values)
+    for step in (2, 4, 6):
+        assert weights(run_dir, step) == weights(tmp_path / "foreground", step)
 
 
 def test_resuming_a_finished_run_changes_nothing(tiny_values: Values) -> None:
