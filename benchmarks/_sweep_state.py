@@ -58,7 +58,10 @@ class Journal:
             )
         if resume and not found:
             raise UserError(f"--resume: {folder} holds no sweep; leave --resume out to begin one")
-        lines = found or [head]
+        # What failed, but not for want of memory, is tried again: the user may have mended it.
+        failed = [line for line in found if line.get("status") == "failed"]
+        again = [line for line in found if line not in failed and not (failed and _is_end(line))]
+        lines = again or [head]
         if lines[0]["config"] != head["config"]:
             raise UserError(_difference(folder, lines[0]["config"], head["config"]))
         _replace(self._path, "".join(json.dumps(line) + "\n" for line in lines))
@@ -88,6 +91,10 @@ class Journal:
         if self._file is not None:
             self._file.close()
         self._lock.close()
+
+
+def _is_end(entry: Entry) -> bool:
+    return entry.get("kind") == "end"
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> Path:

@@ -33,6 +33,7 @@ from _peer_environments import REPOSITORY, InstallError, python_of
 from _peer_process import PeerError, PeerProcess
 from _peer_report import loaders_table, summarize, table
 
+from scalellm.commands import Parser
 from scalellm.config import ModelConfig, TrainConfig
 from scalellm.cores import available_cores
 from scalellm.dist import World
@@ -131,9 +132,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="scalellm bench peers", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = Parser("bench peers", (__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", default="train,data", help="train, data or both")
     parser.add_argument("--shape", default="6x384x256x8192", help="layers x width x T x vocabulary")
     parser.add_argument("--batch", type=int, default=8, help="samples a step")
@@ -162,6 +161,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("batch", "rounds", "steps", "warmup", "threads", "tokens", "checkpoint_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}={getattr(args, name)} must be 1 or more")
+    if args.limit_s <= 0:
+        raise UserError(f"--limit-s={args.limit_s:g} s must be above 0 s")
+    if args.dir is not None and not args.dir.is_dir():
+        raise UserError(f"--dir={args.dir} is no folder; create it, or leave --dir out")
     return args
 
 

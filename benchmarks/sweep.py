@@ -33,8 +33,9 @@ from _sweep_state import Journal, write_report
 from tqdm import tqdm
 
 from scalellm.commands import Parser
+from scalellm.cores import available_cores
 from scalellm.data.prepare import PrepareOptions, prepare
-from scalellm.dist import World, available_cores
+from scalellm.dist import World
 from scalellm.errors import EXIT_DONE, EXIT_FAILURE, UserError, did_you_mean
 from scalellm.parity import VARIANTS
 from scalellm.train.folder import describe_environment
@@ -111,6 +112,8 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(
                 f"--{name.replace('_', '-')}={getattr(args, name):g} s must be above 0 s"
             )
+    if args.json is not None and args.json.is_dir():
+        raise UserError(f"--json={args.json} is a folder; give a file to write")
     if args.json is not None and not args.json.resolve().parent.is_dir():
         raise UserError(f"--json={args.json}: there is no folder {args.json.parent}; create it")
 
@@ -190,10 +193,10 @@ class _Sweep:
             self._journal.add({"kind": "end", "finished": _now()})
         path = write_report(self._folder, self.report())
         print(to_markdown(self.report()))
-        if self._args.json is not None:
-            self._args.json.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
         pages = [page for page in write_pages(path) if page.suffix != ".png"]
         print("report:", *map(os.path.relpath, pages), file=sys.stderr)
+        if self._args.json is not None:
+            self._args.json.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
 
     def report(self) -> dict[str, Any]:
         entries = self._journal.entries

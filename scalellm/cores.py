@@ -27,7 +27,8 @@ def bound_to_share(index: int, num_shares: int) -> Iterator[None]:
     which gives memory where it is first touched, gives it on the rank's own node.
 
     Raises:
-        ConfigError: there are fewer cores than shares, or the system cannot bind.
+        ConfigError: there are fewer cores than shares, as also where a launcher has given each rank
+            its own already, or the system cannot bind.
     """
     if not hasattr(os, "sched_setaffinity"):
         raise ConfigError("run.bind_cores=true needs Linux; set it to false")
@@ -35,7 +36,8 @@ def bound_to_share(index: int, num_shares: int) -> Iterator[None]:
     if len(before) < num_shares:
         raise ConfigError(
             f"run.bind_cores=true needs a core for each of the {num_shares} ranks of this host, "
-            f"which has {len(before)}; set it to false or start fewer ranks"
+            f"but this rank may use {len(before)}; start fewer ranks, or set it to false, as where "
+            "the launcher has given each rank its own cores"
         )
     os.sched_setaffinity(0, share_of(by_place(before), index, num_shares))
     try:

@@ -100,13 +100,19 @@ def threads_per_rank(world: World) -> int:
     torchrun sets OMP_NUM_THREADS=1, which would leave most cores idle, so it is not asked.
     """
     cores = available_cores()
-    if world.launcher == "srun" and "SLURM_CPUS_PER_TASK" in os.environ:
-        return max(1, min(cores, read_int("SLURM_CPUS_PER_TASK", cores)))
     if world.launcher == "ray":
         return max(1, min(cores, read_int("OMP_NUM_THREADS", 1)))  # the CPUs it reserved
-    if world.launcher == "deepspeed" and cores < _cores_of_parent():
-        return cores  # --bind_cores_to_rank gave this rank its own
-    return max(1, cores // world.local_world_size)
+    if world.launcher == "srun" and has_own_cores(world):
+        return max(1, min(cores, read_int("SLURM_CPUS_PER_TASK", cores)))
+    return cores if has_own_cores(world) else max(1, cores // world.local_world_size)
+
+
+def has_own_cores(world: World) -> bool:
+    """Whether the launcher has divided this host's cores among its ranks already."""
+    if world.launcher == "srun":
+        return "SLURM_CPUS_PER_TASK" in os.environ
+    # --bind_cores_to_rank
+    return world.launcher == "deepspeed" and available_cores() < _cores_of_parent()
 
 
 def _cores_of_parent() -> int:
@@ -136,7 +142,7 @@ def ranks(
     Args:
         threads: CPU threads per rank; 0: see `threads_per_rank`.
         process_group: False for a strategy that talks to nobody; needs world size 1.
-        bind_cores: keep each rank of a host on a share of its cores.
+        bind_cores: keep each rank of a host on a share of its cores, unless the launcher does.
 
     Raises:
         ConfigError: the launcher's environment, the device or the cores do not allow it.
@@ -145,7 +151,7 @@ def ranks(
     world = replace(world, device=_pick_device(device, world.local_rank))
     torch.set_num_threads(threads or threads_per_rank(world))
     share = bound_to_share(world.local_rank, world.local_world_size)
-    with share if bind_cores else nullcontext():
+    with share if bind_cores and not has_own_cores(world) else nullcontext():
         yield from _in_group(world, process_group)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from scalellm import dist
 from scalellm.cores import bound_to_share, by_place, share_of
-from scalellm.dist import ranks
+from scalellm.dist import detect, ranks
 from scalellm.errors import ConfigError
 
 needs_two_cores = pytest.mark.skipif(
@@ -56,7 +57,23 @@ def test_a_rank_is_bound_for_the_length_of_its_run(monkeypatch: pytest.MonkeyPat
 def test_more_ranks_than_cores_are_refused() -> None:
     cores = len(os.sched_getaffinity(0))
     with (
-        pytest.raises(ConfigError, match=f"each of the {cores + 1} ranks .* which has {cores};"),
+        pytest.raises(ConfigError, match=f"each of the {cores + 1} ranks .* rank may use {cores};"),
         bound_to_share(0, cores + 1),
     ):
         pass
+
+
+@needs_two_cores
+def test_cores_that_slurm_has_divided_are_not_divided_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slurm = {"PROCID": "0", "LOCALID": "0", "NTASKS": "2", "STEP_NUM_TASKS": "2"}
+    slurm |= {"STEP_TASKS_PER_NODE": "2", "STEP_ID": "0", "JOB_ID": "1", "CPUS_PER_TASK": "2"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert detect().launcher == "srun"
+    monkeypatch.setattr(dist, "_init_process_group", lambda world: None)
+    monkeypatch.setattr(dist.tdist, "destroy_process_group", lambda: None)
+    before = os.sched_getaffinity(0)
+    with ranks("cpu", bind_cores=True):
+        assert os.sched_getaffinity(0) == before

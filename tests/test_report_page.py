@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -181,3 +182,27 @@ def test_a_long_curve_keeps_its_last_point() -> None:
 
 def test_markdown_shows_what_was_said() -> None:
     assert _escaped("a_b |*x*|\n_y_ <i>") == r"a_b \|\*x\*\| \_y\_ &lt;i&gt;"
+
+
+def test_a_file_that_cannot_be_read_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = made_run(tmp_path / "run")
+    (run / "config.yaml").unlink()
+    (run / "config.yaml").mkdir()
+    assert main(["report", str(run)]) == 2
+    assert f"cannot read {run / 'config.yaml'}: Is a directory" in capsys.readouterr().err
+
+
+def test_odd_names_of_runs_do_not_break_the_tables(tmp_path: Path) -> None:
+    names = ["a <b>|x", "two\nlines", b"not utf-8 \xff".decode("utf-8", "surrogateescape")]
+    runs = [made_run(tmp_path / name) for name in names]
+    (runs[0] / "config.yaml").write_text("{train: {steps: 7}}\n")  # differences have a column each
+    report_runs(runs, tmp_path / "out")
+    lines = (tmp_path / "out" / "report.md").read_text(encoding="utf-8").splitlines()
+    headings = [line for line, rule in itertools.pairwise(lines) if "| ---" in rule]
+    of_runs = [line for line in headings if "two" in line]
+    assert of_runs
+    for line in of_runs:
+        assert "<b>" not in line and "lines" in line
+        assert line.replace("\\|", "").count("|") == 5  # a column of keys, and one for each run

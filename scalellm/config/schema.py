@@ -69,7 +69,7 @@ class ModelConfig(Section):
     init_std: float = setting(0.02, "standard deviation of the initial weights", gt=0)
     attention: Literal["auto", "sdpa", "explicit"] = setting("auto", "attention kernel")
     loss_chunk_tokens: int = setting(
-        0, "tokens whose logits exist at a time, to save memory; 0: all", unit="tokens", ge=0
+        0, "as many logits exist at a time, to save memory; 0: all", unit="tokens", ge=0, le=2**31
     )
 
     @model_validator(mode="before")

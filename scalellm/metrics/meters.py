@@ -71,5 +71,11 @@ class StepClock:
         self.seconds[part] += now_s - self._last_s
         self._last_s = now_s
 
+    def leave_out(self) -> None:
+        """Takes the time since the last lap out of the step."""
+        now_s = time.perf_counter()
+        self._started_s += now_s - self._last_s
+        self._last_s = now_s
+
     def total_s(self) -> float:
         return time.perf_counter() - self._started_s

@@ -73,9 +73,12 @@ def _forward(
     for start in range(0, len(x_NC), n):
         part = slice(start, start + n)
         x_nC = x_NC[part].detach().to(dtype)
-        loss, grad_nV = _loss_and_gradient((x_nC @ matrix_VC.T).to(wide), targets_N[part])
-        loss_sum += loss
-        if grad_x_NC is not None and grad_VC is not None:
+        logits_nV = (x_nC @ matrix_VC.T).to(wide)
+        if grad_x_NC is None or grad_VC is None:
+            loss_sum += sum_of_losses(logits_nV.unsqueeze(0), targets_N[part].unsqueeze(0))
+        else:
+            loss, grad_nV = _loss_and_gradient(logits_nV, targets_N[part])
+            loss_sum += loss
             grad_nV = grad_nV.to(dtype)
             grad_x_NC[part] = grad_nV @ matrix_VC
             grad_VC += grad_nV.T @ x_nC
@@ -93,7 +96,8 @@ def _product_type(x: Tensor) -> torch.dtype:
 def _loss_and_gradient(logits_nV: Tensor, targets_n: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the summed loss and its gradient, which takes the place of the logits."""
     is_counted_n1 = (targets_n != IGNORED_TARGET).unsqueeze(1)
-    targets_n1 = targets_n.clamp_min(0).unsqueeze(1)
+    # An id out of range must be an error as in the loss of the whole, so no `clamp` here.
+    targets_n1 = targets_n.unsqueeze(1).masked_fill(~is_counted_n1, 0)
     log_sum_n1 = logits_nV.logsumexp(1, keepdim=True)
     losses_n1 = log_sum_n1 - logits_nV.gather(1, targets_n1)
     loss = losses_n1.masked_fill(~is_counted_n1, 0.0).sum()

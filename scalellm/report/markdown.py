@@ -36,7 +36,7 @@ def _markdown(block: Block) -> str:
         picture = f"![{title}]({PLOTS_NAME}/{block.name}.png)"
         return f"### {title}\n\n{picture}\n\n{_escaped(block.caption)}"
     if isinstance(block, Table):
-        lines = [block.columns, ["---"] * len(block.columns)]
+        lines = [[_escaped(column) for column in block.columns], ["---"] * len(block.columns)]
         lines += [[_escaped(cell.text) for cell in row] for row in block.rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", block.text)), default=0))

@@ -75,13 +75,26 @@ def _labels(folders: list[Path]) -> list[str]:
     """The folders' own names, or as much of their paths as tells all of them apart."""
     paths = [folder.resolve().parts for folder in folders]
     for depth in range(1, max(map(len, paths)) + 1):
-        labels = ["/".join(parts[-depth:]) for parts in paths]
+        labels = [_readable("/".join(parts[-depth:])) for parts in paths]
         if len(set(labels)) == len(labels):
             break
     return labels
 
 
+def _readable(name: str) -> str:
+    """A name as text that can be drawn: bytes that are no UTF-8 become question marks."""
+    return name.encode(errors="replace").decode()
+
+
 def _read_run(folder: Path, label: str) -> Run:
+    try:
+        return _read(folder, label)
+    except OSError as error:
+        where = error.filename or folder
+        raise UserError(f"cannot read {where}: {error.strerror}; check its permissions") from None
+
+
+def _read(folder: Path, label: str) -> Run:
     path = folder / JSONL_NAME
     if not path.is_file():
         raise UserError(_no_run(folder))

@@ -105,6 +105,7 @@ def _train_step(run: Run, stop: StopSignal) -> tuple[Row, bool]:
     rate = learning_rate(step, run.config.train)
     with run.session.saving():
         run.finish_copying()  # of a save in the background, before weights change
+    clock.leave_out()
     result = strategy.step(rate)
     clock.lap("optimizer_s")
     asked = float(stop.received is not None)

@@ -91,6 +91,24 @@ def test_a_wrong_word(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_failed_is_tried_again_and_what_did_not_fit_is_not(tmp_path: Path) -> None:
+    import _sweep_state as state
+
+    head = {"config": {"steps": 3}}
+    statuses = ["ok", "failed", "out of memory"]
+    first = state.Journal(tmp_path)
+    first.begin(head, resume=False)
+    for status in statuses:
+        first.add({"kind": "run", "cell": status, "repeat": 0, "status": status})
+    first.add({"kind": "end", "finished": "now"})
+    first.close()
+    second = state.Journal(tmp_path)
+    second.begin(head, resume=True)
+    second.close()
+    assert [entry["cell"] for entry in second.entries] == ["ok", "out of memory"]
+    assert journal(tmp_path)[1:] == second.entries
+
+
 def test_two_sweeps_do_not_share_a_folder(tmp_path: Path) -> None:
     from _sweep_state import Journal
 
