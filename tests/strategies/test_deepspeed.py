@@ -270,6 +270,7 @@ def offloaded_curve(options: dict[str, Any]) -> Curve:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # in a new installation DeepSpeed compiles for minutes
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_cpu_optimizer(ranks: Callable[..., list[Curve]], stage: int) -> None:
     """The real DeepSpeedCPUAdam; the first use on a machine compiles it."""

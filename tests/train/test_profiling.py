@@ -253,6 +253,7 @@ def test_mistakes_are_one_sentence(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_the_memory_timeline_is_written(tiny_values: Values) -> None:
     tiny_values["run"] |= {"device": "cuda"}
     tiny_values["profile"] = {"enabled": True}
