@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -36,6 +35,7 @@ from _peer_report import loaders_table, summarize, table
 from scalellm.commands import Parser
 from scalellm.config import ModelConfig, TrainConfig
 from scalellm.cores import available_cores
+from scalellm.data.pool import sigterm_as_interrupt
 from scalellm.dist import World
 from scalellm.errors import UserError, did_you_mean
 from scalellm.model import cpu_multiplies_bf16
@@ -116,16 +116,15 @@ def main(argv: list[str] | None = None) -> int:
         "config": {key: str(value) for key, value in vars(args).items() if key not in _BUILT},
         "environment": describe_environment(World()),
     }
-    # As Ctrl-C: data and checkpoints are removed.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="scalellm-peers-", dir=args.dir) as folder:
+    # SIGTERM too leaves neither data nor checkpoints.
+    temporary = tempfile.TemporaryDirectory(prefix="scalellm-peers-", dir=args.dir)
+    with sigterm_as_interrupt(), temporary as folder:
         if "train" in args.parts:
             report |= _compare_trainers(args, Path(folder))
             print(table(report))
         if "data" in args.parts:
             report["loaders"] = measure_loaders(args, Path(folder), WORKERS)
             print(loaders_table(report))
-    signal.signal(signal.SIGTERM, before)
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0

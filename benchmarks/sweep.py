@@ -16,12 +16,9 @@ import argparse
 import datetime
 import os
 import shlex
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import _gemm
@@ -34,6 +31,7 @@ from tqdm import tqdm
 
 from scalellm.commands import Parser
 from scalellm.cores import available_cores
+from scalellm.data.pool import sigterm_as_interrupt
 from scalellm.data.prepare import PrepareOptions, prepare
 from scalellm.dist import World
 from scalellm.errors import EXIT_DONE, EXIT_FAILURE, UserError, did_you_mean
@@ -51,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(given)
     sweep = _Sweep(args)
     try:
-        with _sigterm_as_interrupt():
+        with sigterm_as_interrupt():
             sweep.run()
     except KeyboardInterrupt:
         # The words of this call, so that it can be copied.
@@ -142,18 +140,6 @@ def _numbers(text: str) -> list[int]:
     if not numbers or numbers[0] < 1:
         raise argparse.ArgumentTypeError(f"{text!r} are no numbers of ranks, such as 1,2")
     return numbers
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Sweep:

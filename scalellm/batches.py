@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from scalellm import data
-
-IGNORED_TARGET = -100
+from scalellm.model import IGNORED_TARGET
 
 
 @dataclass(frozen=True)
