@@ -63,6 +63,7 @@ class Batch:
         positions_BT: (rows, seq_len) int32, position inside the document's part of this row: it
             starts at 0 in every row and at every document; None without document_mask.
         documents_BT: (rows, seq_len) int32, document number inside the row, from 0; or None.
+        sources_B: (rows,) which dataset of a mixture each row is of; None without a mixture.
     """
 
     tokens_BS: np.ndarray
@@ -70,6 +71,7 @@ class Batch:
     global_target_tokens: int
     positions_BT: np.ndarray | None = None
     documents_BT: np.ndarray | None = None
+    sources_B: np.ndarray | None = None
 
 
 def check_cursor(cursor: Cursor, here: Cursor) -> None:

@@ -16,8 +16,47 @@ from scalellm.data.decode_ahead import Block, BlockDecoder
 from scalellm.data.order import SampleOrder
 from scalellm.data.reader import TokenDataset
 
-# At least one batch is gathered; batches are views of what was gathered at once.
+# More than is asked for is gathered at once where it is there; what is handed out are views.
 _GATHER_BYTES = 128 << 10
+
+
+@dataclass(frozen=True)
+class Deal:
+    """Which positions of a dataset's order are rows of one rank.
+
+    Alone, position `start + k` is row k of the endless sequence of rows, and batch s is the rows
+    [s G, (s + 1) G). In a mixture it is the row that `slots` says: the k-th of this dataset's.
+
+    Attributes:
+        start: the position of the first row.
+        global_rows: G.
+        rank_rows: the half-open range of rows that this rank has of each batch.
+        slots: where in every `period` rows this dataset's are, rising; None: everywhere.
+        period: rows after which `slots` come again.
+        first_row: the row of the mixture that batches are counted from.
+    """
+
+    start: int
+    global_rows: int
+    rank_rows: tuple[int, int]
+    slots: np.ndarray | None = None
+    period: int = 1
+    first_row: int = 0
+
+    def mine(self, start: int, stop: int) -> np.ndarray:
+        """Returns this rank's positions in [start, stop), rising: (n,) int64."""
+        if self.slots is not None:
+            position_n = np.arange(start, stop)
+            turn_n, index_n = np.divmod(position_n - self.start, len(self.slots))
+            row_n = turn_n * self.period + self.slots[index_n] - self.first_row
+            row_n %= self.global_rows
+            return position_n[(row_n >= self.rank_rows[0]) & (row_n < self.rank_rows[1])]
+        first, last = (
+            (position - self.start) // self.global_rows for position in (start, stop - 1)
+        )
+        batch_s = self.start + np.arange(first, last + 1) * self.global_rows
+        mine_n = (batch_s[:, None] + np.arange(*self.rank_rows)).ravel()
+        return mine_n[(mine_n >= start) & (mine_n < stop)]
 
 
 class Rows(NamedTuple):
@@ -49,18 +88,14 @@ class _Plan:
 class RowSource:
     """One rank's rows in order; only the blocks this rank touches are decoded, each once a group.
 
-    Batch s of G rows is positions [start + s G, start + (s + 1) G) of the endless sequence of
-    epochs; the rank's rows of it are the half-open range `rank_rows`.
-
     Memory is two groups of blocks, 2 * lanes * S * T tokens: one is read while the next is decoded.
 
     Args:
         dataset: the tokens.
-        order: the order of its samples.
-        start: first global position, counted through all epochs.
-        stop: global position to stop at, or None to go on for ever.
-        global_rows: G.
-        rank_rows: the rows of each global batch to yield.
+        order: the order of its samples; positions count on through all epochs.
+        deal: which positions are this rank's.
+        start: the first position to read, at or after the first one of `deal`.
+        stop: the position to stop at, or None to go on for ever.
         documents: also yield where documents begin.
         decode_threads: 0 decodes in the calling thread, when a block's first row is due.
     """
@@ -70,22 +105,20 @@ class RowSource:
         dataset: TokenDataset,
         order: SampleOrder,
         *,
+        deal: Deal,
         start: int,
-        stop: int | None,
-        global_rows: int,
-        rank_rows: tuple[int, int],
+        stop: int | None = None,
         documents: bool,
         decode_threads: int,
     ) -> None:
-        self._order = order
+        self._order, self._deal = order, deal
         self._start, self._stop = start, stop
-        self._global_rows, self._rank_rows = global_rows, rank_rows
         self._decoder = BlockDecoder(dataset, order, documents=documents, threads=decode_threads)
         nothing = np.empty(0, np.int64)
         self._plan, self._at = _Plan(0, [], nothing, nothing, nothing.astype(np.int32)), 0
         self._plans = self._make_plans()
         self._ahead: deque[_Plan] = deque()
-        self._pending: deque[Rows] = deque()
+        self._pending: Rows | None = None
         self._error: BaseException | None = None
 
     def __del__(self) -> None:
@@ -95,44 +128,46 @@ class RowSource:
     def close(self) -> None:
         """Ends the threads; later calls of `take` raise ValueError."""
         self._error = ValueError("the stream is closed")
-        self._pending.clear()
+        self._pending = None
         self._decoder.stop()
         self._decoder.join()
 
-    def take(self) -> Rows:
-        """Returns the rank's rows of the next global batch; fewer or none at the end.
+    def take(self, count: int) -> Rows:
+        """Returns the rank's next `count` rows; fewer or none at the end.
 
         Raises:
             DataError: a block of these rows is damaged; every later call raises it again, since
                 rows after a gap would not be the rows they claim to be.
         """
-        if self._pending:
-            return self._pending.popleft()
-        if self._error is not None:
-            raise self._error
-        try:
-            self._pending.extend(self._gather_batches())
-        except BaseException as error:
-            self._error = error
-            raise
-        return self._pending.popleft()
+        if self._pending is None or len(self._pending.num_targets_n) < count:
+            if self._error is not None:
+                raise self._error
+            try:
+                self._pending = self._gather_more(count)
+            except BaseException as error:
+                self._error = error
+                raise
+        rows = _slice(self._pending, 0, count)
+        rest = len(self._pending.num_targets_n) - count
+        self._pending = _slice(self._pending, count, count + rest) if rest > 0 else None
+        return rows
 
-    def _gather_batches(self) -> list[Rows]:
-        """Gathers a batch, or several at once when their blocks are there: half the time."""
-        size = self._rank_rows[1] - self._rank_rows[0]
+    def _gather_more(self, count: int) -> Rows:
+        """Gathers `count` rows, or several times as many at once when their blocks are there."""
         plan, start = self._plan, self._at
-        left = len(plan.place_n) - start
-        if left < size:
-            return [self._gather_across(size)]
-        count = 1
-        if plan.num_ready == len(plan.blocks):
-            row_bytes = self._decoder.windows.itemsize * self._order.seq_len
-            count = max(1, min(left, _GATHER_BYTES // row_bytes) // size)
-        self._at = start + count * size
-        rows = self._gather(plan, start, self._at)
-        return [_slice(rows, at, at + size) for at in range(0, count * size, size)]
+        if self._pending is None and len(plan.place_n) - start >= count > 0:
+            times = 1
+            if plan.num_ready == len(plan.blocks):
+                row_bytes = self._decoder.windows.itemsize * self._order.seq_len
+                left = len(plan.place_n) - start
+                times = max(1, min(left, _GATHER_BYTES // row_bytes) // count)
+            self._at = start + times * count
+            return self._gather(plan, start, self._at)
+        had = [] if self._pending is None else [self._pending]
+        missing = count - sum(len(rows.num_targets_n) for rows in had)
+        return _join([*had, *self._gather_across(missing)])
 
-    def _gather_across(self, count: int) -> Rows:
+    def _gather_across(self, count: int) -> list[Rows]:
         parts: list[Rows] = []
         while True:
             stop = min(self._at + count, len(self._plan.place_n))
@@ -140,7 +175,7 @@ class RowSource:
             count -= stop - self._at
             self._at = stop
             if count == 0 or not self._advance():
-                return _join(parts)
+                return parts
 
     def _advance(self) -> bool:
         """Goes to the next group's plan; its predecessor's half of the ring is decoded into."""
@@ -178,20 +213,11 @@ class RowSource:
             end = epoch * size + order.group_start(group + 1, epoch)
             if self._stop is not None:
                 end = min(end, self._stop)
-            mine_n = self._mine(position, end) - epoch * size
+            mine_n = self._deal.mine(position, end) - epoch * size
             if len(mine_n):
                 yield self._make_plan(mine_n, group, epoch, number % self._decoder.halves)
                 number += 1
             position = end
-
-    def _mine(self, start: int, stop: int) -> np.ndarray:
-        """Returns this rank's global positions in [start, stop), rising: (n,) int64."""
-        first, last = (
-            (position - self._start) // self._global_rows for position in (start, stop - 1)
-        )
-        batch_s = self._start + np.arange(first, last + 1) * self._global_rows
-        mine_n = (batch_s[:, None] + np.arange(*self._rank_rows)).ravel()
-        return mine_n[(mine_n >= start) & (mine_n < stop)]
 
     def _make_plan(self, positions_n: np.ndarray, group: int, epoch: int, half: int) -> _Plan:
         order, n = self._order, len(positions_n)

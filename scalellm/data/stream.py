@@ -12,8 +12,68 @@ import numpy as np
 from scalellm.data.batch import Batch, Cursor, check_cursor
 from scalellm.data.order import SampleOrder
 from scalellm.data.reader import TokenDataset
-from scalellm.data.rows import RowSource
+from scalellm.data.rows import Deal, Rows, RowSource
 from scalellm.errors import ConfigError
+
+
+class Feed:
+    """One rank's rows of one dataset, and how many targets all ranks have in as many rows.
+
+    Args:
+        dataset: the tokens.
+        order: the order of its samples.
+        deal: which positions are this rank's.
+        start: the first position to read.
+        document_mask: also say where documents begin.
+        decode_threads: threads that decode ahead; 0 decodes in the calling thread.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        order: SampleOrder,
+        *,
+        deal: Deal,
+        start: int,
+        document_mask: bool,
+        decode_threads: int,
+    ) -> None:
+        self.order, self.position = order, start
+        # A tail before `position` in this epoch is stepped over by the first batch.
+        epoch = start // order.num_samples
+        self._next_tail = epoch * order.num_samples + order.tail_position(epoch)
+        self._source = RowSource(
+            dataset,
+            order,
+            deal=deal,
+            start=start,
+            documents=document_mask,
+            decode_threads=decode_threads,
+        )
+
+    def take(self, count: int) -> Rows:
+        """Returns this rank's next rows."""
+        return self._source.take(count)
+
+    def advance(self, global_count: int) -> int:
+        """Counts the targets of the next rows of all ranks, and steps over them."""
+        stop = self.position + global_count
+        missing = self._tails_before(stop) * (self.order.seq_len - self.order.tail_targets)
+        self.position = stop
+        return global_count * self.order.seq_len - missing
+
+    def close(self) -> None:
+        """Ends the decode threads; safe to call twice."""
+        self._source.close()
+
+    def _tails_before(self, stop: int) -> int:
+        """Counts the short samples in [position, stop): one per epoch, found without a search."""
+        count, size = 0, self.order.num_samples
+        while self._next_tail < stop:
+            count += self._next_tail >= self.position
+            epoch = self._next_tail // size + 1
+            self._next_tail = epoch * size + self.order.tail_position(epoch)
+        return count
 
 
 class TokenStream:
@@ -60,7 +120,7 @@ class TokenStream:
         cursor: Cursor | None = None,
         shuffle: bool = True,
     ) -> None:
-        rows = _rows_per_rank(global_batch_size, rank, world_size)
+        self._rows = rows_per_rank(global_batch_size, rank, world_size)
         self._global_rows = global_batch_size
         lanes = lanes if shuffle else 0
         self._order = SampleOrder(dataset.num_tokens, seq_len, seed, lanes, dataset.frame_tokens)
@@ -69,17 +129,13 @@ class TokenStream:
         if cursor is not None:
             check_cursor(cursor, self.cursor)
             self._consumed = cursor.samples_consumed
-        # A tail before `consumed` in this epoch is stepped over by the first batch.
-        epoch = self._consumed // self._order.num_samples
-        self._next_tail = epoch * self._order.num_samples + self._order.tail_position(epoch)
-        self._source = RowSource(
+        rank_rows = (rank * self._rows, (rank + 1) * self._rows)
+        self._feed = Feed(
             dataset,
             self._order,
+            deal=Deal(self._consumed, global_batch_size, rank_rows),
             start=self._consumed,
-            stop=None,
-            global_rows=global_batch_size,
-            rank_rows=(rank * rows, (rank + 1) * rows),
-            documents=document_mask,
+            document_mask=document_mask,
             decode_threads=decode_threads,
         )
 
@@ -96,18 +152,10 @@ class TokenStream:
         return self
 
     def __next__(self) -> tuple[Batch, Cursor]:
-        rows = self._source.take()
-        stop = self._consumed + self._global_rows
-        missing = self._tails_before(stop) * (self._order.seq_len - self._order.tail_targets)
-        self._consumed = stop
-        global_target_tokens = self._global_rows * self._order.seq_len - missing
-        positions_BT = documents_BT = None
-        if rows.starts_nT is not None:
-            positions_BT, documents_BT = _documents(rows.starts_nT)
-        batch = Batch(
-            rows.tokens_nS, rows.num_targets_n, global_target_tokens, positions_BT, documents_BT
-        )
-        return batch, self.cursor
+        rows = self._feed.take(self._rows)
+        global_target_tokens = self._feed.advance(self._global_rows)
+        self._consumed += self._global_rows
+        return make_batch(rows, global_target_tokens), self.cursor
 
     def __enter__(self) -> TokenStream:
         return self
@@ -117,16 +165,7 @@ class TokenStream:
 
     def close(self) -> None:
         """Ends the decode threads; safe to call twice."""
-        self._source.close()
-
-    def _tails_before(self, stop: int) -> int:
-        """Counts the short samples in [consumed, stop): one per epoch, found without a search."""
-        count, size = 0, self._order.num_samples
-        while self._next_tail < stop:
-            count += self._next_tail >= self._consumed
-            epoch = self._next_tail // size + 1
-            self._next_tail = epoch * size + self._order.tail_position(epoch)
-        return count
+        self._feed.close()
 
 
 def evaluation_batches(
@@ -159,7 +198,7 @@ def evaluation_batches(
         ConfigError: impossible sizes; DataError: the split is too short or damaged.
     """
     global_rows = batch_size * world_size
-    _rows_per_rank(global_rows, rank, world_size)
+    rows_per_rank(global_rows, rank, world_size)
     order = SampleOrder(dataset.num_tokens, seq_len, 0, 0, dataset.frame_tokens)
     stop = order.num_samples
     if limit_samples is not None:
@@ -169,10 +208,9 @@ def evaluation_batches(
     source = RowSource(
         dataset,
         order,
+        deal=Deal(0, global_rows, (rank * batch_size, (rank + 1) * batch_size)),
         start=0,
         stop=stop,
-        global_rows=global_rows,
-        rank_rows=(rank * batch_size, (rank + 1) * batch_size),
         documents=document_mask,
         decode_threads=decode_threads,
     )
@@ -184,26 +222,42 @@ def _evaluate(
 ) -> Iterator[Batch]:
     try:
         for first in range(0, stop, global_rows):
-            rows = source.take()
+            rows = source.take(batch_size)
             short = batch_size - len(rows.num_targets_n)
             last = min(first + global_rows, stop)
             missing = order.seq_len - order.tail_targets if last == order.num_samples else 0
-            positions_BT = documents_BT = None
-            if rows.starts_nT is not None:
-                starts_BT = np.pad(rows.starts_nT, ((0, short), (0, 0)))
-                positions_BT, documents_BT = _documents(starts_BT)
-            yield Batch(
-                np.pad(rows.tokens_nS, ((0, short), (0, 0)), constant_values=eos_id),
-                np.pad(rows.num_targets_n, (0, short)),
-                (last - first) * order.seq_len - missing,
-                positions_BT,
-                documents_BT,
-            )
+            targets = (last - first) * order.seq_len - missing
+            yield make_batch(_pad(rows, short, eos_id), targets)
     finally:
         source.close()
 
 
-def _rows_per_rank(global_batch_size: int, rank: int, world_size: int) -> int:
+def _pad(rows: Rows, count: int, eos_id: int) -> Rows:
+    """Adds rows without a target."""
+    starts_nT = None if rows.starts_nT is None else np.pad(rows.starts_nT, ((0, count), (0, 0)))
+    tokens_nS = np.pad(rows.tokens_nS, ((0, count), (0, 0)), constant_values=eos_id)
+    return Rows(tokens_nS, np.pad(rows.num_targets_n, (0, count)), starts_nT)
+
+
+def make_batch(
+    rows: Rows, global_target_tokens: int, sources_B: np.ndarray | None = None
+) -> Batch:
+    """Makes a rank's batch of its rows; with documents if the rows say where they begin."""
+    positions_BT = documents_BT = None
+    if rows.starts_nT is not None:
+        positions_BT, documents_BT = _documents(rows.starts_nT)
+    return Batch(
+        rows.tokens_nS,
+        rows.num_targets_n,
+        global_target_tokens,
+        positions_BT,
+        documents_BT,
+        sources_B,
+    )
+
+
+def rows_per_rank(global_batch_size: int, rank: int, world_size: int) -> int:
+    """Returns how many rows of a global batch one rank has; ConfigError if they do not divide."""
     if world_size < 1 or not 0 <= rank < world_size:
         raise ConfigError(f"rank={rank} must be 0 to world_size - 1 = {world_size - 1}")
     if global_batch_size < 1 or global_batch_size % world_size:
