@@ -13,17 +13,23 @@ import torch
 from torch import Tensor
 
 from scalellm import data
-from scalellm.model import IGNORED_TARGET
+from scalellm.model import IGNORED_TARGET, RowLosses
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on the device; targets of -100 do not count."""
+    """One micro-batch on the device; targets of -100 do not count.
+
+    Of a mixture `sources_B` says which dataset each row is of, and the model leaves the losses of
+    the rows in `row_losses`.
+    """
 
     tokens_BT: Tensor
     targets_BT: Tensor
     positions_BT: Tensor | None = None
     documents_BT: Tensor | None = None
+    sources_B: Tensor | None = None
+    row_losses: RowLosses | None = None
 
 
 def micro_batches(
@@ -50,6 +56,8 @@ def to_device(batch: data.Batch, rows: slice, device: torch.device) -> Batch:
         targets_BT=targets_BT,
         positions_BT=_optional(batch.positions_BT, rows, device),
         documents_BT=_optional(batch.documents_BT, rows, device),
+        sources_B=_optional(batch.sources_B, rows, device),
+        row_losses=None if batch.sources_B is None else RowLosses(),
     )
 
 

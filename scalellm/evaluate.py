@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,10 +16,24 @@ from scalellm.strategies import Strategy
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`loss` in nats per token. Words are split at white space, bytes are UTF-8 text."""
+    """`loss` in nats per token. Words are split at white space, bytes are UTF-8 text.
+
+    `loss_by_source` has the loss of each of several datasets, by name.
+    """
 
     loss: float
     num_tokens: int
+    loss_by_source: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of_all(cls, parts: Mapping[str, Evaluation]) -> Evaluation:
+        """The loss over all tokens of several datasets."""
+        if len(parts) == 1:
+            return next(iter(parts.values()))
+        num_tokens = sum(part.num_tokens for part in parts.values())
+        nats = math.fsum(part.loss * part.num_tokens for part in parts.values())
+        losses = {name: part.loss for name, part in parts.items()}
+        return cls(nats / max(1, num_tokens), num_tokens, losses)
 
     @property
     def perplexity(self) -> float:

@@ -122,7 +122,7 @@ def with_absolute_paths(config: Config) -> Config:
     """Ranks run elsewhere: what is relative lies in the storage they share."""
     root = (config.cluster.storage_path or Path.cwd()).absolute()
     run = config.run.model_copy(update={"dir": root / config.run.dir})
-    data = config.data.model_copy(update={"path": root / config.data.path})
+    data = config.data.with_paths(lambda path: root / path)
     return config.model_copy(update={"run": run, "data": data})
 
 
@@ -264,8 +264,10 @@ def _check_before_start(config: Config, resume: str | None) -> None:
         raise ConfigError(
             "run.device=cuda needs GPUs reserved for the ranks; set cluster.gpus_per_worker=1"
         )
-    if config.data.path.parent.exists():  # else the driver may not share the storage
-        TokenDataset.open(config.data.path, "train")
+    for path in config.data.paths.values():
+        # Else the driver may not share the storage, or not hold the ranks' credentials.
+        if config.cluster.address is None if isinstance(path, str) else path.parent.exists():
+            TokenDataset.open(path, "train", config.data.remote)
     if resume is None and os.environ[DRIVER] == "0":
         check_holds_no_run(config.run.dir)
 

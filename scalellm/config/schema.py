@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from scalellm.config.cluster import ClusterConfig
+from scalellm.config.data import DataConfig
 from scalellm.config.explain import explain
 from scalellm.config.presets import PRESETS
 from scalellm.config.profile import ProfileConfig
@@ -30,15 +31,6 @@ class RunConfig(Section):
         0, "CPU threads per rank; 0: cores / local ranks", unit="threads", ge=0, le=4096
     )
     bind_cores: bool = setting(False, "each rank on its own share of the host's cores (Linux)")
-
-
-class DataConfig(Section):
-    path: Path = setting(Path("data/stdlib"), "dataset folder written by `scalellm prepare`")
-    lanes: int = setting(
-        64, "blocks of samples interleaved by the shuffle", unit="blocks", ge=1, le=65536
-    )
-    decode_threads: int = setting(1, "decode-ahead threads", unit="threads", ge=0, le=64)
-    document_mask: bool = setting(False, "keep attention and positions inside each document")
 
 
 class ModelConfig(Section):
@@ -251,6 +243,16 @@ class Config(Section):
                 f"profile.enabled=true needs train.steps of 2 or more, not {self.train.steps}: "
                 "the first step compiles and is left out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> Config:
+        for stage in self.data.stages:
+            if (stage.seq_len or 1) > self.model.seq_len:
+                raise ValueError(
+                    f"data.stages: seq_len={stage.seq_len} tokens from step {stage.from_step} is "
+                    f"longer than model.seq_len={self.model.seq_len}; raise model.seq_len"
+                )
         return self
 
     def batches(self, world_size: int) -> BatchPlan:

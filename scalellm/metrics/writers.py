@@ -16,7 +16,8 @@ from scalellm.errors import ConfigError, UserError
 
 JSONL_NAME = "metrics.jsonl"
 
-# {"kind": "train" | "eval" | "end", "step": 7, ...}: plain numbers, strings and lists of numbers.
+# {"kind": "train" | "eval" | "end", "step": 7, ...}: plain numbers, strings, lists of numbers, and
+# numbers by name.
 Row = dict[str, Any]
 
 
@@ -87,6 +88,8 @@ def _line(row: Row) -> str:
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -100,6 +103,9 @@ class TensorBoardWriter:
         for key, value in row.items():
             if key not in ("kind", "step") and isinstance(value, int | float):
                 self._writer.add_scalar(f"{row['kind']}/{key}", value, row["step"])
+            if isinstance(value, dict):
+                for name, part in value.items():
+                    self._writer.add_scalar(f"{row['kind']}/{key}/{name}", part, row["step"])
 
     def close(self) -> None:
         self._writer.close()

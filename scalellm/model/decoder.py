@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from scalellm.config import ModelConfig
 from scalellm.errors import ConfigError, UserError
 from scalellm.model.attention import KVCache, LayerCache, attend, document_mask
-from scalellm.model.loss import chunked_sum_of_losses, sum_of_losses
+from scalellm.model.loss import RowLosses, chunked_sum_of_losses, sum_of_losses
 
 
 class Linear(nn.Linear):
@@ -32,18 +32,26 @@ class Head(Linear):
     """The output projection. It takes the loss too, where its weight is whole: see `loss`."""
 
     def forward(
-        self, x_BTC: Tensor, targets_BT: Tensor | None = None, chunk_tokens: int = 0
+        self,
+        x_BTC: Tensor,
+        targets_BT: Tensor | None = None,
+        chunk_tokens: int = 0,
+        row_losses: RowLosses | None = None,
     ) -> Tensor:
-        return logits_or_loss(x_BTC, self.weight, targets_BT, chunk_tokens)
+        return logits_or_loss(x_BTC, self.weight, targets_BT, chunk_tokens, row_losses)
 
 
 def logits_or_loss(
-    x_BTC: Tensor, weight_VC: Tensor, targets_BT: Tensor | None, chunk_tokens: int
+    x_BTC: Tensor,
+    weight_VC: Tensor,
+    targets_BT: Tensor | None,
+    chunk_tokens: int,
+    row_losses: RowLosses | None,
 ) -> Tensor:
     if targets_BT is not None and chunk_tokens:
-        return chunked_sum_of_losses(x_BTC, weight_VC, targets_BT, chunk_tokens)
+        return chunked_sum_of_losses(x_BTC, weight_VC, targets_BT, chunk_tokens, row_losses)
     logits_BTV = F.linear(x_BTC, weight_VC)
-    return logits_BTV if targets_BT is None else sum_of_losses(logits_BTV, targets_BT)
+    return logits_BTV if targets_BT is None else sum_of_losses(logits_BTV, targets_BT, row_losses)
 
 
 class Embedding(nn.Embedding):
@@ -236,6 +244,7 @@ class Decoder(nn.Module):
         documents_BT: Tensor | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
+        row_losses: RowLosses | None = None,
     ) -> Tensor:
         """Returns the sum of the token losses, or the logits where there are no targets.
 
@@ -246,6 +255,7 @@ class Decoder(nn.Module):
             documents_BT: document numbers inside each row; attention stays inside a document.
             cache: filled with these tokens' keys and values, and read by the next call.
             last_only: logits of the last token only, (B, 1, V).
+            row_losses: is given the loss of each row, which then sum up to the result.
 
         Returns:
             With targets the sum of cross-entropies in nats (a scalar; fp32, or fp64 in an fp64
@@ -272,8 +282,9 @@ class Decoder(nn.Module):
         x_BTC = self.norm(x_BTC[:, -1:] if last_only else x_BTC)
         chunk_tokens = self.config.loss_chunk_tokens
         if self.config.tie_embeddings:
-            return logits_or_loss(x_BTC, self.embed_tokens.weight, targets_BT, chunk_tokens)
-        loss: Tensor = self.lm_head(x_BTC, targets_BT, chunk_tokens)
+            weight_VC = self.embed_tokens.weight
+            return logits_or_loss(x_BTC, weight_VC, targets_BT, chunk_tokens, row_losses)
+        loss: Tensor = self.lm_head(x_BTC, targets_BT, chunk_tokens, row_losses)
         return loss
 
     def _embed(self, tokens_BT: Tensor, positions_BT: Tensor, end: int) -> Tensor:

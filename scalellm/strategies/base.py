@@ -146,12 +146,14 @@ class Strategy:
     def forward(self, batch: Batch) -> Tensor:
         """Returns the sum of the micro-batch's token losses, in nats."""
         autocast = _AUTOCAST.get(self.train.precision)
+        wanted = {} if batch.row_losses is None else {"row_losses": batch.row_losses}
         with torch.autocast(self.world.device.type, dtype=autocast, enabled=autocast is not None):
             loss_sum: Tensor = self.module(
                 batch.tokens_BT,
                 batch.targets_BT,
                 positions_BT=batch.positions_BT,
                 documents_BT=batch.documents_BT,
+                **wanted,
             )
         return loss_sum
 

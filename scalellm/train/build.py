@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,15 @@ import torch
 from scalellm import checkpoint, data, launched, strategies
 from scalellm.config import BatchPlan, Config
 from scalellm.dist import World, detect, ranks, together
-from scalellm.errors import ConfigError
-from scalellm.evaluate import Evaluation, evaluate
 from scalellm.metrics import Progress, check_writers, open_writers
 from scalellm.model import Decoder, count_parameters, cpu_multiplies_bf16
+from scalellm.train.datasets import (
+    SourceMeter,
+    make_evaluator,
+    open_mixture,
+    open_stream,
+    with_vocabulary,
+)
 from scalellm.train.folder import RunFolder
 from scalellm.train.guards import EarlyStopping, NonFiniteGuard, StopSignal
 from scalellm.train.launchers import check_launcher
@@ -27,7 +32,6 @@ from scalellm.train.profiling import Profiler
 from scalellm.train.resume import find_checkpoint, load_run_state, save_run
 from scalellm.train.session import Session
 
-VALIDATION = "validation"
 # Ranks that are started again may meet those they replace, which are still saving.
 _HANDOVER_S = 180.0
 
@@ -71,16 +75,16 @@ def run_training(config: Config, resume: str | None = None) -> Outcome:
         )
         options, plan = check_config(config, world)
         check_writers(config)
-        dataset = data.TokenDataset.open(config.data.path, "train")
-        config = _with_vocabulary(config, dataset)
+        mixture = open_mixture(config)
+        config = with_vocabulary(config, mixture)
         check_resources(config, plan, world, strategy_class.sharding(options, world, config.train))
         resuming = resume is not None or world.restarts > 0
         folder = stack.enter_context(_claimed(config, world, resuming=resuming))
         source = find_checkpoint(folder, resume, world)
         strategy = strategy_class(world, config.train, options)
         stack.callback(strategy.close)
-        run = _build(config, world, strategy, plan, dataset, folder, source, stack)
-        _announce(run, plan, dataset, source, world)
+        run = _build(config, world, strategy, plan, mixture, folder, source, stack)
+        _announce(run, plan, mixture, source, world)
         launched.tell("started", step=run.step, world_size=world.world_size)
         reason = train(run, stop)
         return Outcome(reason, run.step, folder.path, world.is_main)
@@ -98,7 +102,7 @@ def _build(
     world: World,
     strategy: strategies.Strategy,
     plan: BatchPlan,
-    dataset: data.TokenDataset,
+    mixture: data.Mixture,
     folder: RunFolder,
     source: checkpoint.Checkpoint | None,
     stack: ExitStack,
@@ -122,7 +126,7 @@ def _build(
         strategy=strategy,
         stream=iter(()),
         micro_batch_size=plan.micro_batch_size,
-        evaluate=_evaluator(config, world, strategy, plan, dataset),
+        evaluate=make_evaluator(config, world, strategy, plan, mixture),
         save=functools.partial(save_run, folder, saver),
         finish_copying=saver.wait_for_copy,
         finish_saving=saver.wait,
@@ -133,57 +137,28 @@ def _build(
         guard=NonFiniteGuard(config.train.max_nonfinite_steps),
         session=session,
         profiler=Profiler(config, world),
+        sources=SourceMeter(mixture.names),
     )
     stack.callback(run.profiler.close)
     if source is not None:
-        load_run_state(run, source, dataset, folder)
-    stream = _open_stream(config, world, dataset, run.cursor)
+        load_run_state(run, source, mixture, folder)
+    stream = open_stream(config, world, mixture, run.cursor)
     stack.callback(stream.close)
     run.stream = iter(stream)
-    together(lambda: _open_folder(run, folder, dataset, source), world, main_only=True)
+    together(lambda: _open_folder(run, folder, mixture, source), world, main_only=True)
     for writer in run.writers:
         stack.callback(writer.close)
     return run
 
 
-def _open_stream(
-    config: Config, world: World, dataset: data.TokenDataset, cursor: data.Cursor | None
-) -> data.TokenStream:
-    return data.TokenStream(
-        dataset,
-        seq_len=config.model.seq_len,
-        global_batch_size=config.train.global_batch_size,
-        rank=world.rank,
-        world_size=world.world_size,
-        seed=config.run.seed,
-        lanes=config.data.lanes,
-        document_mask=config.data.document_mask,
-        decode_threads=config.data.decode_threads,
-        cursor=cursor,
-    )
-
-
 def _open_folder(
-    run: Run, folder: RunFolder, dataset: data.TokenDataset, source: checkpoint.Checkpoint | None
+    run: Run, folder: RunFolder, mixture: data.Mixture, source: checkpoint.Checkpoint | None
 ) -> None:
-    folder.describe(run.config, run.world, dataset.tokenizer_path)
+    tokenizer = next(iter(mixture.datasets.values())).tokenizer_path
+    folder.describe(run.config, run.world, tokenizer)
     # Without a checkpoint the run begins anew, also if rows of an earlier start are there.
     run.writers = open_writers(run.config, folder.path, -1 if source is None else run.step)
     run.writers.append(Progress(run.step, run.config.train.steps, shown=True))
-
-
-def _with_vocabulary(config: Config, dataset: data.TokenDataset) -> Config:
-    """Fills in the dataset's vocabulary size, or checks that the model's can hold it."""
-    wanted = config.model.vocab_size
-    if wanted is None:
-        model = config.model.model_copy(update={"vocab_size": dataset.vocab_size})
-        return config.model_copy(update={"model": model})
-    if wanted < dataset.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={wanted} tokens is smaller than the dataset's "
-            f"{dataset.vocab_size}; leave it out or set it to {dataset.vocab_size} or more"
-        )
-    return config
 
 
 @contextmanager
@@ -202,39 +177,10 @@ def _claimed(config: Config, world: World, *, resuming: bool) -> Iterator[RunFol
         folder.release()
 
 
-def _evaluator(
-    config: Config,
-    world: World,
-    strategy: strategies.Strategy,
-    plan: BatchPlan,
-    dataset: data.TokenDataset,
-) -> Callable[[], Evaluation] | None:
-    """Returns what measures the validation loss, or None if the dataset has no such split."""
-    if VALIDATION not in dataset.manifest.splits:
-        if config.eval.early_stop_patience:
-            raise ConfigError(
-                f"eval.early_stop_patience={config.eval.early_stop_patience} needs a validation "
-                f"split, which {dataset.path} lacks; prepare it with --val-fraction 0.01"
-            )
-        return None
-    dataset = data.TokenDataset.open(dataset.path, VALIDATION)
-    batches = functools.partial(
-        data.evaluation_batches,
-        dataset,
-        seq_len=config.model.seq_len,
-        batch_size=config.eval.batch_size or plan.micro_batch_size,
-        rank=world.rank,
-        world_size=world.world_size,
-        document_mask=config.data.document_mask,
-        limit_samples=config.eval.max_samples,
-    )
-    return lambda: evaluate(strategy, batches())
-
-
 def _announce(
     run: Run,
     plan: BatchPlan,
-    dataset: data.TokenDataset,
+    mixture: data.Mixture,
     source: checkpoint.Checkpoint | None,
     world: World,
 ) -> None:
@@ -245,7 +191,7 @@ def _announce(
     print(
         f"{config.strategy.name}: {world.describe()}\n"
         f"model: {count_parameters(config.model):,} parameters, {config.train.precision}\n"
-        f"data: {dataset.num_tokens:,} tokens in {config.data.path}\n"
+        f"data: {mixture.num_tokens:,} tokens in {config.data.where}\n"
         f"step: {samples} samples of {config.model.seq_len} tokens = {world.world_size} x "
         f"{plan.micro_batch_size} x {plan.grad_accumulation} (ranks x micro-batch x accumulation)"
     )

@@ -97,7 +97,7 @@ class RunFolder:
     def describe(self, config: Config, world: World, tokenizer: Path | None) -> None:
         """Writes what is needed to understand and reuse the run without anything else."""
         # Absolute, so that `scalellm eval` finds the data from any working directory.
-        source = config.data.model_copy(update={"path": config.data.path.resolve()})
+        source = config.data.with_paths(lambda path: path.resolve())
         _write(self.path / CONFIG_NAME, dump_config(config.model_copy(update={"data": source})))
         environment = json.dumps(describe_environment(world), indent=1)
         _write(self.path / "environment.json", environment + "\n")

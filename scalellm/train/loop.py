@@ -16,6 +16,7 @@ from scalellm.dist import World, sum_over_ranks
 from scalellm.evaluate import Evaluation
 from scalellm.metrics import Row, StepClock, Writer, peak_device_bytes, peak_rss_bytes
 from scalellm.strategies import Strategy
+from scalellm.train.datasets import SourceMeter
 from scalellm.train.guards import EarlyStopping, NonFiniteGuard, StopSignal
 from scalellm.train.profiling import Profiler
 from scalellm.train.schedule import learning_rate
@@ -40,6 +41,7 @@ class Run:
     guard: NonFiniteGuard
     session: Session
     profiler: Profiler
+    sources: SourceMeter
     step: int = 0
     tokens: int = 0
     cursor: data.Cursor | None = None
@@ -101,6 +103,7 @@ def _train_step(run: Run, stop: StopSignal) -> tuple[Row, bool]:
             clock.lap("forward_s")
             strategy.backward(loss, batch.global_target_tokens)
         loss_sum += loss.detach()
+        run.sources.add(micro_batch)
         clock.lap("backward_s")
     rate = learning_rate(step, run.config.train)
     with run.session.saving():
@@ -109,7 +112,8 @@ def _train_step(run: Run, stop: StopSignal) -> tuple[Row, bool]:
     result = strategy.step(rate)
     clock.lap("optimizer_s")
     asked = float(stop.received is not None)
-    global_loss_sum, stop_votes = sum_over_ranks([float(loss_sum), asked], device)
+    local = [float(loss_sum), asked, *run.sources.take()]
+    global_loss_sum, stop_votes, *by_source = sum_over_ranks(local, device)
     run.step, run.cursor, run.tokens = step, cursor, run.tokens + batch.global_target_tokens
     run.guard.observe(step, result.skipped, result.grad_norm)
     step_time_s = clock.total_s()
@@ -125,6 +129,7 @@ def _train_step(run: Run, stop: StopSignal) -> tuple[Row, bool]:
         "tokens_per_s": batch.global_target_tokens / step_time_s,
         "step_time_s": step_time_s,
         **clock.seconds,
+        **run.sources.fields(by_source),
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_device_bytes": peak_device_bytes(device),
     }
@@ -153,6 +158,8 @@ def _evaluate(run: Run) -> None:
         "tokens": result.num_tokens,
         "eval_time_s": eval_time_s,
     }
+    if result.loss_by_source:
+        row["loss_by_source"] = dict(result.loss_by_source)
     _write(run, row)
 
 

@@ -36,6 +36,7 @@ class _Meta(_Strict):
     """What `save_run` leaves beside the tensors."""
 
     tokens: int = Field(ge=0)
+    tokens_by_source: dict[str, int] = {}
     cursor: dict[str, Any]
     model: dict[str, Any]
     early_stopping: _EarlyStoppingState
@@ -75,6 +76,7 @@ def save_run(folder: RunFolder, saver: checkpoint.Saver, run: Run) -> None:
     assert run.cursor is not None
     meta = {
         "tokens": run.tokens,
+        "tokens_by_source": run.sources.tokens,
         "cursor": run.cursor.to_dict(),
         "model": run.config.model.model_dump(mode="json"),
         "tokenizer_sha256": tokenizer_sha256(folder.path),
@@ -86,7 +88,7 @@ def save_run(folder: RunFolder, saver: checkpoint.Saver, run: Run) -> None:
 
 
 def load_run_state(
-    run: Run, source: checkpoint.Checkpoint, dataset: data.TokenDataset, folder: RunFolder
+    run: Run, source: checkpoint.Checkpoint, mixture: data.Mixture, folder: RunFolder
 ) -> None:
     """Takes weights, optimizer, cursor and counters from a checkpoint.
 
@@ -95,11 +97,15 @@ def load_run_state(
     """
     meta = _read_meta(source)
     cursor = data.Cursor.from_dict(meta.cursor)
-    if cursor.fingerprint != dataset.fingerprint:
+    if cursor.fingerprint != mixture.fingerprint:
+        if mixture.is_plain:
+            other, fix = "another dataset", "data.path to that dataset"
+        else:
+            other, fix = "another mixture", "data.mix, data.stages and the batch size to that run's"
         raise DataError(
-            f"{source.path} was trained on another dataset than {dataset.path} (fingerprint "
-            f"{cursor.fingerprint[:12]}, not {dataset.fingerprint[:12]}); set data.path to that "
-            "dataset, or start a new run in another run.dir"
+            f"{source.path} was trained on {other} than {run.config.data.where} (fingerprint "
+            f"{cursor.fingerprint[:12]}, not {mixture.fingerprint[:12]}); set {fix}, or start a "
+            "new run in another run.dir"
         )
     if source.step > run.config.train.steps:
         raise ConfigError(
@@ -113,6 +119,7 @@ def load_run_state(
     if source.path.resolve().parent == folder.checkpoints.resolve():
         run.saved_step = source.step
     run.tokens = meta.tokens
+    run.sources.tokens |= meta.tokens_by_source
     run.cursor = cursor
     run.early_stopping.load(meta.early_stopping.model_dump())
     run.guard.in_a_row = meta.nonfinite_in_a_row
