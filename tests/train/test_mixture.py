@@ -150,7 +150,7 @@ def test_another_mixture_is_not_resumed(mixed: Values, tmp_path: Path) -> None:
     run(mixed, tmp_path / "r")
     mixed["data"]["mix"]["words"]["weight"] = 2.0
     mixed["train"]["steps"] = 8
-    with pytest.raises(DataError, match="was trained on another mixture than .* set data.mix"):
+    with pytest.raises(DataError, match=r"was trained on another mixture than .* set data.mix"):
         run(mixed, tmp_path / "r", resume="auto")
 
 
