@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scalellm import data
+from scalellm.dist import sum_over_ranks
 from scalellm.model import IGNORED_TARGET, RowLosses
 
 
@@ -40,6 +41,14 @@ def micro_batches(
     for start in range(0, rows, micro_batch_size):
         stop = start + micro_batch_size
         yield to_device(batch, slice(start, stop), device), stop >= rows
+
+
+def global_targets(batch: data.Batch, device: torch.device) -> int:
+    """Returns the targets of the global batch; ranks that each know their own add them up."""
+    if batch.global_target_tokens is not None:
+        return batch.global_target_tokens
+    [total] = sum_over_ranks([float(batch.num_targets_B.sum())], device)
+    return int(total)
 
 
 def to_device(batch: data.Batch, rows: slice, device: torch.device) -> Batch:

@@ -65,8 +65,8 @@ def evaluate(strategy: Strategy, batches: Iterable[data.Batch]) -> Evaluation:
             for batch in batches:
                 rows = slice(0, len(batch.tokens_BS))
                 loss_sum += float(strategy.forward(to_device(batch, rows, device)))
-                num_tokens += batch.global_target_tokens
+                num_tokens += int(batch.num_targets_B.sum())
     finally:
         strategy.module.train(was_training)
-    [total] = sum_over_ranks([loss_sum], device)
-    return Evaluation(total / max(1, num_tokens), num_tokens)
+    total, count = sum_over_ranks([loss_sum, float(num_tokens)], device)
+    return Evaluation(total / max(1, count), int(count))

@@ -11,6 +11,7 @@ import torch
 from scalellm import checkpoint, data
 from scalellm.config import Config, ModelConfig, TrainConfig
 from scalellm.data.format import load_manifest
+from scalellm.data.store import open_store
 from scalellm.data.tokenizer import Tokenizer, load_tokenizer
 from scalellm.dist import ranks
 from scalellm.errors import CheckpointError, DataError
@@ -59,7 +60,7 @@ def _load_model(source: checkpoint.Checkpoint) -> Decoder:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    data_path: Path
+    data_path: Path | str
     splits: tuple[str, ...]
     evaluation: Evaluation
     num_words: int
@@ -93,7 +94,7 @@ class EvaluationReport:
 
 
 def evaluate_run(
-    path: Path, data_path: Path | None, split: str | None, batch_size: int
+    path: Path, data_path: Path | str | None, split: str | None, batch_size: int
 ) -> EvaluationReport:
     """Evaluates a run's newest checkpoint in one process.
 
@@ -104,11 +105,12 @@ def evaluate_run(
     """
     source = checkpoint.open_checkpoint(path)
     config = load_run_config(_run_dir(source))
-    dataset_path = data_path or config.data.path
-    is_own = data_path is None or data_path.resolve() == config.data.path.resolve()
-    everything = tuple(load_manifest(dataset_path).splits)
+    store = open_store(data_path or config.data.path, config.data.remote)
+    manifest = load_manifest(store)
+    is_own = _absolute(store.location) == _absolute(config.data.path)
+    everything = tuple(manifest.splits)
     splits = (split,) if split else (("validation",) if is_own else everything)
-    datasets = [data.TokenDataset.open(dataset_path, name) for name in splits]
+    datasets = [data.TokenDataset(store, name, manifest) for name in splits]
     _check_own_tokenizer(source)
     _check_tokenizer(_run_dir(source), datasets[0])
     model = _load_model(source)
@@ -119,12 +121,16 @@ def evaluate_run(
     num_tokens = sum(result.num_tokens for result in results)
     nats = sum(result.loss * result.num_tokens for result in results)
     return EvaluationReport(
-        dataset_path,
+        store.location,
         splits,
         Evaluation(nats / max(1, num_tokens), num_tokens),
         sum(dataset.num_words_text for dataset in datasets),
         sum(dataset.num_bytes_text for dataset in datasets),
     )
+
+
+def _absolute(location: Path | str) -> Path | str:
+    return location if isinstance(location, str) else location.resolve()
 
 
 def _evaluate_split(
@@ -148,6 +154,6 @@ def _check_tokenizer(run_dir: Path, dataset: data.TokenDataset) -> None:
         return  # ids from elsewhere: nothing says which tokenizer made them
     if own.read_bytes() != theirs.read_bytes():
         raise DataError(
-            f"{theirs} is not the tokenizer this run was trained with: prepare the "
-            f"data again with --tokenizer {own}"
+            f"{theirs.name} of {dataset.path} is not the tokenizer this run was trained with: "
+            f"prepare the data again with --tokenizer {own}"
         )

@@ -59,7 +59,8 @@ class Batch:
     Attributes:
         tokens_BS: (rows, seq_len + 1) stored dtype; inputs are [:, :-1], targets [:, 1:].
         num_targets_B: (rows,) int32, leading targets that are real; the rest is padding, EOS.
-        global_target_tokens: sum of num_targets_B over all ranks.
+        global_target_tokens: sum of num_targets_B over all ranks; None where a rank cannot know
+            it, since the rows of a packed dataset have as many targets as their documents give.
         positions_BT: (rows, seq_len) int32, position inside the document's part of this row: it
             starts at 0 in every row and at every document; None without document_mask.
         documents_BT: (rows, seq_len) int32, document number inside the row, from 0; or None.
@@ -68,7 +69,7 @@ class Batch:
 
     tokens_BS: np.ndarray
     num_targets_B: np.ndarray
-    global_target_tokens: int
+    global_target_tokens: int | None
     positions_BT: np.ndarray | None = None
     documents_BT: np.ndarray | None = None
     sources_B: np.ndarray | None = None

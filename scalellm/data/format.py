@@ -1,4 +1,4 @@
-"""The dataset format "scalellm-tokens" version 1: names, records, the manifest and its validation.
+"""The dataset format "scalellm-tokens", versions 1 and 2: names, records, the manifest and its validation.
 
 A dataset is a directory (`docs/data-format.md` reads one with numpy and zstandard alone):
 
@@ -17,18 +17,30 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import stat
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
+from scalellm.data.store import MANIFEST as MANIFEST
+from scalellm.data.store import RESTORE as RESTORE
+from scalellm.data.store import LocalStore, Store
 from scalellm.errors import DataError
 
 FORMAT = "scalellm-tokens"
 VERSION = 1
-MANIFEST = "manifest.json"
+# Of a manifest with a packed split; the files below it are the same.
+PACKED_VERSION = 2
 FRAME_TOKENS = 65_536
 MAX_FRAME_TOKENS = 1 << 24
 MAX_SHARD_FRAMES = 1 << 20
@@ -57,7 +69,6 @@ INDEX_RECORD = np.dtype(
 
 _SAFE_PATH = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*){0,3}")
 SPLIT_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
-RESTORE = "prepare the dataset again or restore the file"
 
 
 def _relative_path(value: str) -> str:
@@ -100,13 +111,25 @@ class Shard(_Strict):
 
 
 class Split(_Strict):
-    """One flat token stream, cut into shards of whole frames; only the last frame may be short."""
+    """One flat token stream, cut into shards of whole frames; only the last frame may be short.
+
+    In a packed split every `packed_seq_len` tokens are a row of whole documents (or pieces) and,
+    after the last document end in it, padding.
+    """
 
     num_tokens: Positive
     num_documents: Count
     num_bytes_text: Count
     num_words_text: Count
     shards: list[Shard] = Field(min_length=1)
+    packed_seq_len: int | None = Field(default=None, ge=2, le=MAX_FRAME_TOKENS)
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        if self.packed_seq_len is None:  # as version 1 had it
+            del fields["packed_seq_len"]
+        return fields
 
 
 class TokenizerFile(_Strict):
@@ -121,7 +144,7 @@ class Manifest(_Strict):
     """`manifest.json`: everything a reader needs before it opens a shard."""
 
     format: Literal["scalellm-tokens"]
-    version: Literal[1]
+    version: Literal[1, 2]
     dtype: Literal["uint16", "uint32"]
     vocab_size: int = Field(ge=1, le=MAX_VOCAB_SIZE)
     eos_id: Count
@@ -136,9 +159,14 @@ class Manifest(_Strict):
             raise ValueError(f"dtype {self.dtype} does not fit vocab_size {self.vocab_size}")
         if self.eos_id >= self.vocab_size:
             raise ValueError(f"eos_id {self.eos_id} is not below vocab_size {self.vocab_size}")
+        if self.version == PACKED_VERSION and not any(
+            split.packed_seq_len for split in self.splits.values()
+        ):
+            raise ValueError(f"version {self.version} says a split is packed, no split is packed")
         files: set[str] = set()
         for name, split in self.splits.items():
             self._check_shards(name, split)
+            self._check_packing(name, split)
             for shard in split.shards:
                 paths = {shard.file, shard.index, shard.documents}
                 if len(paths) < 3 or paths & files:
@@ -157,6 +185,14 @@ class Manifest(_Strict):
             raise ValueError(f"num_tokens of split {name!r} is not the sum of its shards")
         if sum(shard.num_documents for shard in split.shards) != split.num_documents:
             raise ValueError(f"num_documents of split {name!r} is not the sum of its shards")
+
+    def _check_packing(self, name: str, split: Split) -> None:
+        if split.packed_seq_len is None:
+            return
+        if self.version < PACKED_VERSION:
+            raise ValueError(f"split {name!r} is packed, which version {self.version} knows not")
+        if split.num_tokens % split.packed_seq_len:
+            raise ValueError(f"split {name!r} has a short row of {split.packed_seq_len} tokens")
 
 
 def dtype_for(vocab_size: int) -> np.dtype[Any]:
@@ -186,31 +222,28 @@ def fingerprint(manifest: Manifest, split: str) -> str:
     return hashlib.sha256(_canonical(fields)).hexdigest()
 
 
-def load_manifest(root: Path) -> Manifest:
-    """Reads and validates `root/manifest.json`.
+def load_manifest(source: Path | Store) -> Manifest:
+    """Reads and validates the manifest of a dataset directory or store.
 
     Raises:
         DataError: no manifest, not this format or version, damaged, or with values that lie.
     """
-    path = root / MANIFEST
-    raw = _read_capped(path)
+    store = LocalStore(source) if isinstance(source, Path) else source
+    path = store.describe(MANIFEST)
+    raw = store.read(MANIFEST, MAX_MANIFEST_BYTES, _damage)
     try:
-        fields = json.loads(
-            raw,
-            object_pairs_hook=_no_duplicates,
-            parse_constant=_no_constants,
-            parse_float=_finite_float,
-        )
+        fields = _parse(raw)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}); {RESTORE}") from None
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise DataError(
             f"{path} is not of a {FORMAT} dataset; give a directory that `scalellm prepare` wrote"
         )
-    if fields.get("version") != VERSION or fields["version"] is True:
+    version = fields.get("version")
+    if version not in (VERSION, PACKED_VERSION) or isinstance(version, bool | float):
         raise DataError(
-            f"{path} has format version {str(fields.get('version'))[:20]}, this "
-            f"scalellm reads version {VERSION}; prepare the dataset again"
+            f"{path} has format version {str(version)[:20]}, this scalellm reads versions "
+            f"{VERSION} and {PACKED_VERSION}; prepare the dataset again"
         )
     signature = fields.pop("manifest_sha256", None)
     try:
@@ -227,25 +260,27 @@ def load_manifest(root: Path) -> Manifest:
     return manifest
 
 
-def _read_capped(path: Path) -> bytes:
+def _parse(raw: bytes) -> Any:
+    return json.loads(
+        raw,
+        object_pairs_hook=_no_duplicates,
+        parse_constant=_no_constants,
+        parse_float=_finite_float,
+    )
+
+
+def _damage(raw: bytes) -> str | None:
+    """Says whether the bytes of a manifest may have been damaged on their way."""
     try:
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode):
-            raise DataError(f"{path} is not a regular file; {RESTORE}")
-        if info.st_size > MAX_MANIFEST_BYTES:
-            raise DataError(
-                f"{path} has {info.st_size} bytes, the limit is {MAX_MANIFEST_BYTES} "
-                f"bytes; {RESTORE}"
-            )
-        with path.open("rb") as file:
-            return file.read(MAX_MANIFEST_BYTES)
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError(
-            f"{path.parent} holds no dataset: {MANIFEST} is missing; give a directory "
-            f"that `scalellm prepare` finished"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; {RESTORE}") from None
+        fields = _parse(raw)
+    except (ValueError, RecursionError) as error:
+        return f"is not valid JSON ({error})"
+    if not isinstance(fields, dict):
+        return "is not a JSON object"
+    signature = fields.pop("manifest_sha256", None)
+    if signature is not None and signature != hashlib.sha256(_canonical(fields)).hexdigest():
+        return "does not match its own manifest_sha256: it was edited or damaged"
+    return None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -98,10 +98,12 @@ class MixedStream:
         source_G = self._sources(first, first + self._global_rows)
         source_B = source_G[slice(*self._rank_rows)]
         rows = self._gather(source_B)
-        global_target_tokens = 0
-        for number, count in enumerate(np.bincount(source_G, minlength=len(self._feeds))):
-            if (feed := self._feeds[number]) is not None:
-                global_target_tokens += feed.advance(int(count))
+        counts = np.bincount(source_G, minlength=len(self._feeds)).tolist()
+        targets = [
+            feed.advance(count) for feed, count in zip(self._feeds, counts, strict=True) if feed
+        ]
+        known = [count for count in targets if count is not None]
+        global_target_tokens = sum(known) if len(known) == len(targets) else None
         self._consumed += self._global_rows
         return make_batch(rows, global_target_tokens, source_B), self.cursor
 

@@ -6,18 +6,29 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from scalellm.data.format import RESTORE, Manifest, fingerprint, load_manifest
-from scalellm.data.shard_reader import CheckedFile, ShardReader
+from scalellm.config.location import RemoteOptions
+from scalellm.data.format import Manifest, fingerprint, load_manifest
+from scalellm.data.shard_reader import ShardReader
+from scalellm.data.store import RESTORE, Store, open_store
 from scalellm.errors import DataError, did_you_mean
 
 # At one index (40 KiB) and two file descriptors each.
 _MAX_OPEN_SHARDS = 256
+
+
+@dataclass
+class _Slot:
+    """A shard that is open, or that the holder of the lock is opening."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    shard: ShardReader | None = None
 
 
 class TokenDataset:
@@ -28,7 +39,7 @@ class TokenDataset:
     the carry token wherever two frames meet. Safe to share between threads; nothing is written.
 
     Attributes:
-        path: the dataset directory.
+        path: the dataset directory or URL.
         split: the split's name.
         num_tokens: ids in the split, every document's EOS included.
         num_documents: documents in the split.
@@ -38,47 +49,64 @@ class TokenDataset:
         eos_id: the id that ends every document.
         dtype: of the stored ids, little-endian uint16 or uint32.
         frame_tokens: ids per frame, the unit of reading.
+        packed_seq_len: tokens of a row of whole documents and padding; None: not packed.
         fingerprint: 64 hex digits of all that decides the ids; 32 bytes cannot collide by chance.
+            A copy elsewhere has the same.
+        fetch_threads: threads that should read ahead, since each waits for a network; 0: none need.
     """
 
-    def __init__(self, path: Path, split: str, manifest: Manifest) -> None:
+    def __init__(self, store: Store, split: str, manifest: Manifest) -> None:
+        if split not in manifest.splits:
+            names, near = ", ".join(sorted(manifest.splits)), did_you_mean(split, manifest.splits)
+            raise DataError(f"{store.location} has no split {split!r}, it has: {names}{near}")
         entry = manifest.splits[split]
-        self.path, self.split, self.manifest = path, split, manifest
+        self._store, self.fetch_threads = store, store.fetch_threads
+        self.path, self.split, self.manifest = store.location, split, manifest
         self.num_tokens, self.num_documents = entry.num_tokens, entry.num_documents
         self.num_bytes_text, self.num_words_text = entry.num_bytes_text, entry.num_words_text
         self.vocab_size, self.eos_id = manifest.vocab_size, manifest.eos_id
         self.dtype: np.dtype[Any] = np.dtype(manifest.dtype).newbyteorder("<")
-        self.frame_tokens = manifest.frame_tokens
+        self.frame_tokens, self.packed_seq_len = manifest.frame_tokens, entry.packed_seq_len
         self.fingerprint = fingerprint(manifest, split)
         self._shards = entry.shards
         self._first_frames = [0, *accumulate(shard.num_frames for shard in entry.shards)]
-        self._open: OrderedDict[int, ShardReader] = OrderedDict()
+        self._open: OrderedDict[int, _Slot] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: Path, split: str = "train") -> TokenDataset:
+    def open(
+        cls, path: Path | str, split: str = "train", remote: RemoteOptions | None = None
+    ) -> TokenDataset:
         """Opens a split after validating the manifest; shards are verified when first read.
+
+        Args:
+            path: a folder, or a URL that begins with http, https, s3, gs or hf.
+            split: to be read.
+            remote: how a URL is read.
 
         Raises:
             DataError: no dataset there, a damaged manifest, or no such split.
         """
-        path = Path(path)
-        manifest = load_manifest(path)
-        if split not in manifest.splits:
-            names, near = ", ".join(sorted(manifest.splits)), did_you_mean(split, manifest.splits)
-            raise DataError(f"{path} has no split {split!r}, it has: {names}{near}")
-        return cls(path, split, manifest)
+        store = open_store(path, remote)
+        return cls(store, split, load_manifest(store))
+
+    def open_split(self, split: str) -> TokenDataset:
+        """Opens another split of the same dataset; the manifest is not read again."""
+        return TokenDataset(self._store, split, self.manifest)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read so far from files or the network, all splits of this store together."""
+        return self._store.bytes_read
 
     @property
     def tokenizer_path(self) -> Path | None:
-        """The dataset's own copy of its tokenizer, hash verified, or None if it has none."""
+        """The dataset's own copy of its tokenizer, hash verified, or None if it has none.
+
+        Of a dataset behind a URL it is a temporary file that lasts as long as the dataset.
+        """
         entry = self.manifest.tokenizer
-        if entry is None:
-            return None
-        path = self.path / entry.file
-        size_bytes = path.stat().st_size if path.is_file() else 0
-        CheckedFile(self.path, entry.file, size_bytes).verify(entry.sha256)
-        return path
+        return None if entry is None else self._store.local_copy(entry.file, entry.sha256)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Returns the verified ids [start, stop): (stop - start,) of `dtype`.
@@ -153,7 +181,8 @@ class TokenDataset:
             carry = next_carry
             if progress is not None:
                 progress(len(ids))
-        if num_documents != self.num_documents or end != self.num_tokens:
+        padded = self.num_tokens - end < (self.packed_seq_len or 1)
+        if num_documents != self.num_documents or not padded:
             raise DataError(
                 f"{self.path}: split {self.split!r} has {num_documents} document ends, the last at "
                 f"token {end}; the manifest says {self.num_documents} and {self.num_tokens}; "
@@ -163,16 +192,19 @@ class TokenDataset:
     def _locate(self, frame: int) -> tuple[ShardReader, int]:
         place = bisect_right(self._first_frames, frame) - 1
         with self._lock:
-            shard = self._open.get(place)
-            if shard is None:
-                is_last = place == len(self._shards) - 1
-                shard = ShardReader(self.path, self.manifest, self._shards[place], is_last)
-                self._open[place] = shard
-                # Dropped, not closed: a thread may still be reading from it.
-                if len(self._open) > _MAX_OPEN_SHARDS:
-                    self._open.popitem(last=False)
+            slot = self._open.setdefault(place, _Slot())
             self._open.move_to_end(place)
-        return shard, frame - self._first_frames[place]
+            # Dropped, not closed: a thread may still be reading from it.
+            if len(self._open) > _MAX_OPEN_SHARDS:
+                self._open.popitem(last=False)
+        # Outside the lock: an index that comes slowly must not hold up the other shards.
+        if slot.shard is None:
+            with slot.lock:
+                if slot.shard is None:
+                    is_last = place == len(self._shards) - 1
+                    entry = self._shards[place]
+                    slot.shard = ShardReader(self._store, self.manifest, entry, is_last)
+        return slot.shard, frame - self._first_frames[place]
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.num_tokens:

@@ -112,8 +112,14 @@ class RowSource:
         decode_threads: int,
     ) -> None:
         self._order, self._deal = order, deal
+        self._is_packed, self._documents = dataset.packed_seq_len is not None, documents
         self._start, self._stop = start, stop
-        self._decoder = BlockDecoder(dataset, order, documents=documents, threads=decode_threads)
+        self._decoder = BlockDecoder(
+            dataset,
+            order,
+            documents=documents or self._is_packed,
+            threads=max(decode_threads, dataset.fetch_threads),
+        )
         nothing = np.empty(0, np.int64)
         self._plan, self._at = _Plan(0, [], nothing, nothing, nothing.astype(np.int32)), 0
         self._plans = self._make_plans()
@@ -199,10 +205,15 @@ class RowSource:
                 plan.num_ready += 1
         decoder = self._decoder
         tokens_nS = decoder.windows[plan.half][place_n, inner_n]
-        starts_nT = None
+        starts_nT, num_targets_n = None, plan.num_targets_n[start:stop]
         if decoder.start_windows is not None:
-            starts_nT = decoder.start_windows[plan.half][place_n, inner_n, :-1]
-        return Rows(tokens_nS, plan.num_targets_n[start:stop], starts_nT)
+            starts_nS = decoder.start_windows[plan.half][place_n, inner_n]
+            starts_nT = starts_nS[:, :-1] if self._documents else None
+            if self._is_packed:
+                # What begins last is the padding, or the next row.
+                last_n = self._order.seq_len - np.argmax(starts_nS[:, :0:-1], axis=1)
+                num_targets_n = (last_n - 1).astype(np.int32)
+        return Rows(tokens_nS, num_targets_n, starts_nT)
 
     def _make_plans(self) -> Iterator[_Plan]:
         order, size = self._order, self._order.num_samples

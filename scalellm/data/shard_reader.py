@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import stat
 import threading
 import zlib
-from pathlib import Path
 
 import numpy as np
 import zstandard
@@ -18,14 +14,13 @@ from scalellm.data.format import (
     INDEX_MAGIC,
     INDEX_RECORD,
     NO_CARRY,
-    RESTORE,
     VERSION,
     Manifest,
     Shard,
 )
+from scalellm.data.store import Store, StoredFile
 from scalellm.errors import DataError
 
-_HASH_READ_BYTES = 8 << 20
 _thread = threading.local()
 
 
@@ -35,7 +30,7 @@ class ShardReader:
     Safe to share between threads; the files close with the last reference.
 
     Args:
-        root: the dataset directory.
+        store: holds the dataset's files.
         manifest: gives dtype, vocabulary and frame length.
         shard: the shard's entry in the manifest.
         is_last: whether the split ends with this shard.
@@ -44,12 +39,12 @@ class ShardReader:
         DataError: the index does not match the manifest or points outside the shard.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, shard: Shard, is_last: bool) -> None:
-        self._root, self._shard, self._is_last = root, shard, is_last
+    def __init__(self, store: Store, manifest: Manifest, shard: Shard, is_last: bool) -> None:
+        self._store, self._shard, self._is_last = store, shard, is_last
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self._vocab_size, self._frame_tokens = manifest.vocab_size, manifest.frame_tokens
-        self._tokens = CheckedFile(root, shard.file, shard.size_bytes)
-        self._docs: CheckedFile | None = None
+        self._tokens = store.open(shard.file, shard.size_bytes, shard.sha256)
+        self._docs: StoredFile | None = None
         self._records = self._read_index()
 
     def frame(self, number: int, out: np.ndarray | None = None) -> tuple[np.ndarray, int]:
@@ -62,7 +57,7 @@ class ShardReader:
             out: (tokens or more,) contiguous, of the stored dtype, to decode into without a copy.
         """
         offset, size_bytes, tokens, crc32, carry = self._records[number].item()[:5]
-        data = self._tokens.read(offset, size_bytes, number)
+        data = self._tokens.read(offset, size_bytes, number, crc32)
         content_bytes = tokens * self._dtype.itemsize
         _check(data, crc32, range(content_bytes, content_bytes + 1), self._tokens, number)
         ids = np.empty(tokens, self._dtype) if out is None else out[:tokens]
@@ -81,41 +76,40 @@ class ShardReader:
     def document_ends(self, number: int) -> np.ndarray:
         """Returns the document ends inside a frame: (ends,) uint32, rising, in 1..tokens."""
         _, _, tokens, _, _, offset, size_bytes, crc32 = self._records[number].item()
-        if self._docs is None:
-            shard = self._shard
-            self._docs = CheckedFile(self._root, shard.documents, shard.documents_size_bytes)
-        data = self._docs.read(offset, size_bytes, number)
+        docs = self._docs = self._docs or self._open_documents()
+        data = docs.read(offset, size_bytes, number, crc32)
         item = DOCUMENT_END_DTYPE.itemsize
-        size = _check(data, crc32, range(0, tokens * item + 1, item), self._docs, number)
+        size = _check(data, crc32, range(0, tokens * item + 1, item), docs, number)
         ends = np.empty(size // item, DOCUMENT_END_DTYPE)
-        _decode(data, ends, self._docs, number)
+        _decode(data, ends, docs, number)
         if len(ends) and not (
             ends[0] >= 1 and ends[-1] <= tokens and bool((ends[1:] > ends[:-1]).all())
         ):
-            raise self._docs.error(number, f"has document ends that do not rise within 1..{tokens}")
+            raise docs.error(number, f"has document ends that do not rise within 1..{tokens}")
         return ends
 
     def verify_files(self) -> None:
         """Compares the sha256 of the whole token and document files with the manifest."""
+        self._tokens.verify()
+        self._open_documents().verify()
+
+    def _open_documents(self) -> StoredFile:
         shard = self._shard
-        self._tokens.verify(shard.sha256)
-        documents = CheckedFile(self._root, shard.documents, shard.documents_size_bytes)
-        documents.verify(shard.documents_sha256)
+        return self._store.open(shard.documents, shard.documents_size_bytes, shard.documents_sha256)
 
     def _read_index(self) -> np.ndarray:
         shard = self._shard
         size_bytes = INDEX_HEADER.itemsize + shard.num_frames * INDEX_RECORD.itemsize
-        file = CheckedFile(self._root, shard.index, size_bytes)
-        file.verify(shard.index_sha256)
-        data = file.read(0, size_bytes)
+        file = self._store.open(shard.index, size_bytes, shard.index_sha256)
+        data = file.read_all()
         header = np.frombuffer(data, INDEX_HEADER, count=1)[0].item()
         if header != (INDEX_MAGIC, VERSION, INDEX_RECORD.itemsize, shard.num_frames):
-            raise DataError(f"{file.path} has a header of another format or length; {RESTORE}")
+            raise file.error(None, "has a header of another format or length")
         records = np.frombuffer(data, INDEX_RECORD, offset=INDEX_HEADER.itemsize)
-        self._check_records(file.path, records)
+        self._check_records(file, records)
         return records
 
-    def _check_records(self, path: Path, records: np.ndarray) -> None:
+    def _check_records(self, file: StoredFile, records: np.ndarray) -> None:
         shard, last = self._shard, self._shard.num_frames - 1
         tokens = np.full(shard.num_frames, self._frame_tokens, np.uint64)
         tokens[last] = shard.num_tokens - last * self._frame_tokens
@@ -136,56 +130,7 @@ class ShardReader:
             if not good.all():
                 frame = int(np.argmin(good))
                 value = int(records[name][frame])
-                raise DataError(f"{path}: frame {frame} has a wrong {name} {value}; {RESTORE}")
-
-
-class CheckedFile:
-    """A regular file of a known size inside the dataset directory, read by offset."""
-
-    def __init__(self, root: Path, name: str, size_bytes: int) -> None:
-        self.path = root / name
-        real_root = os.path.realpath(root)
-        if not os.path.realpath(self.path).startswith(os.path.join(real_root, "")):
-            raise DataError(f"{self.path} leads out of the dataset directory; {RESTORE}")
-        try:
-            # Before open: opening a named pipe would wait for ever.
-            info = os.stat(self.path)
-            if not stat.S_ISREG(info.st_mode):
-                raise DataError(f"{self.path} is not a regular file; {RESTORE}")
-            self._file = self.path.open("rb", buffering=0)
-        except OSError as error:
-            raise DataError(f"{self.path} cannot be opened: {error.strerror}; {RESTORE}") from None
-        if info.st_size != size_bytes:
-            raise DataError(
-                f"{self.path} has {info.st_size} bytes, the manifest says {size_bytes} bytes; "
-                f"{RESTORE}"
-            )
-        self.size_bytes = size_bytes
-
-    def read(self, offset: int, size_bytes: int, frame: int | None = None) -> bytes:
-        """Returns exactly these bytes; `frame` is named in the error."""
-        try:
-            data = os.pread(self._file.fileno(), size_bytes, offset)
-            while len(data) < size_bytes:
-                more = os.pread(self._file.fileno(), size_bytes - len(data), offset + len(data))
-                if not more:
-                    raise self.error(frame, f"is cut off after {len(data)} of {size_bytes} bytes")
-                data += more
-        except OSError as error:
-            raise self.error(frame, f"cannot be read ({error.strerror})") from None
-        return data
-
-    def verify(self, sha256: str) -> None:
-        """Compares the hash of the whole file."""
-        digest = hashlib.sha256()
-        for at in range(0, self.size_bytes, _HASH_READ_BYTES):
-            digest.update(self.read(at, min(_HASH_READ_BYTES, self.size_bytes - at)))
-        if digest.hexdigest() != sha256:
-            raise self.error(None, "does not match its sha256: it was changed or damaged")
-
-    def error(self, frame: int | None, problem: str) -> DataError:
-        where = "" if frame is None else f" frame {frame}"
-        return DataError(f"{self.path}:{where} {problem}; {RESTORE}")
+                raise file.error(frame, f"has a wrong {name} {value}")
 
 
 def _adjoin(offset: np.ndarray, size_bytes: np.ndarray, end: int) -> np.ndarray:
@@ -196,7 +141,7 @@ def _adjoin(offset: np.ndarray, size_bytes: np.ndarray, end: int) -> np.ndarray:
     return good
 
 
-def _check(data: bytes, crc32: int, sizes: range, file: CheckedFile, frame: int) -> int:
+def _check(data: bytes, crc32: int, sizes: range, file: StoredFile, frame: int) -> int:
     """Returns the declared content size in bytes of a zstd frame; it must be one of `sizes`."""
     if zlib.crc32(data) != crc32:
         raise file.error(frame, "does not match its crc32: it was changed or damaged")
@@ -214,7 +159,7 @@ def _check(data: bytes, crc32: int, sizes: range, file: CheckedFile, frame: int)
     return size
 
 
-def _decode(data: bytes, out: np.ndarray, file: CheckedFile, frame: int) -> None:
+def _decode(data: bytes, out: np.ndarray, file: StoredFile, frame: int) -> None:
     """Fills `out` with exactly its bytes; zstd cannot write beyond it and checks its checksum."""
     decompressor = getattr(_thread, "decompressor", None)
     if decompressor is None:

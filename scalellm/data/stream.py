@@ -13,7 +13,7 @@ from scalellm.data.batch import Batch, Cursor, check_cursor
 from scalellm.data.order import SampleOrder
 from scalellm.data.reader import TokenDataset
 from scalellm.data.rows import Deal, Rows, RowSource
-from scalellm.errors import ConfigError
+from scalellm.errors import ConfigError, DataError
 
 
 class Feed:
@@ -40,6 +40,8 @@ class Feed:
     ) -> None:
         self.order, self.position = order, start
         # A tail before `position` in this epoch is stepped over by the first batch.
+        check_packing(dataset, order.seq_len)
+        self._is_packed = dataset.packed_seq_len is not None
         epoch = start // order.num_samples
         self._next_tail = epoch * order.num_samples + order.tail_position(epoch)
         self._source = RowSource(
@@ -55,11 +57,16 @@ class Feed:
         """Returns this rank's next rows."""
         return self._source.take(count)
 
-    def advance(self, global_count: int) -> int:
-        """Counts the targets of the next rows of all ranks, and steps over them."""
+    def advance(self, global_count: int) -> int | None:
+        """Counts the targets of the next rows of all ranks, and steps over them.
+
+        None: each rank knows only its own, for the rows are packed.
+        """
         stop = self.position + global_count
         missing = self._tails_before(stop) * (self.order.seq_len - self.order.tail_targets)
         self.position = stop
+        if self._is_packed:
+            return None
         return global_count * self.order.seq_len - missing
 
     def close(self) -> None:
@@ -199,6 +206,7 @@ def evaluation_batches(
     """
     global_rows = batch_size * world_size
     rows_per_rank(global_rows, rank, world_size)
+    check_packing(dataset, seq_len)
     order = SampleOrder(dataset.num_tokens, seq_len, 0, 0, dataset.frame_tokens)
     stop = order.num_samples
     if limit_samples is not None:
@@ -214,11 +222,18 @@ def evaluation_batches(
         documents=document_mask,
         decode_threads=decode_threads,
     )
-    return _evaluate(source, order, stop, batch_size, global_rows, dataset.eos_id)
+    is_counted = dataset.packed_seq_len is None
+    return _evaluate(source, order, stop, batch_size, global_rows, dataset.eos_id, is_counted)
 
 
 def _evaluate(
-    source: RowSource, order: SampleOrder, stop: int, batch_size: int, global_rows: int, eos_id: int
+    source: RowSource,
+    order: SampleOrder,
+    stop: int,
+    batch_size: int,
+    global_rows: int,
+    eos_id: int,
+    is_counted: bool,
 ) -> Iterator[Batch]:
     try:
         for first in range(0, stop, global_rows):
@@ -226,7 +241,7 @@ def _evaluate(
             short = batch_size - len(rows.num_targets_n)
             last = min(first + global_rows, stop)
             missing = order.seq_len - order.tail_targets if last == order.num_samples else 0
-            targets = (last - first) * order.seq_len - missing
+            targets = (last - first) * order.seq_len - missing if is_counted else None
             yield make_batch(_pad(rows, short, eos_id), targets)
     finally:
         source.close()
@@ -239,8 +254,18 @@ def _pad(rows: Rows, count: int, eos_id: int) -> Rows:
     return Rows(tokens_nS, np.pad(rows.num_targets_n, (0, count)), starts_nT)
 
 
+def check_packing(dataset: TokenDataset, seq_len: int) -> None:
+    """Raises DataError if rows of `seq_len` tokens are not those the dataset was packed into."""
+    if dataset.packed_seq_len not in (None, seq_len):
+        raise DataError(
+            f"{dataset.path} was packed into rows of {dataset.packed_seq_len} tokens, not of "
+            f"{seq_len}; set model.seq_len={dataset.packed_seq_len}, or prepare it again with "
+            f"--pack {seq_len}"
+        )
+
+
 def make_batch(
-    rows: Rows, global_target_tokens: int, sources_B: np.ndarray | None = None
+    rows: Rows, global_target_tokens: int | None, sources_B: np.ndarray | None = None
 ) -> Batch:
     """Makes a rank's batch of its rows; with documents if the rows say where they begin."""
     positions_BT = documents_BT = None

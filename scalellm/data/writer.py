@@ -19,6 +19,7 @@ from scalellm.data.format import (
     MAX_SHARD_FRAMES,
     MAX_VOCAB_SIZE,
     NO_CARRY,
+    PACKED_VERSION,
     SPLIT_NAME,
     VERSION,
     Manifest,
@@ -118,11 +119,47 @@ class DatasetWriter:
             raise ValueError(f"a document is (n,) integers, got {tokens.shape} {tokens.dtype}")
         if int(tokens[-1]) != self._eos_id:
             raise ValueError(f"a document ends with eos_id={self._eos_id}, got {int(tokens[-1])}")
+        self._add(split, tokens, [len(tokens)], text_bytes, text_words)
+
+    def add_row(
+        self,
+        split: str,
+        tokens_T: np.ndarray,
+        ends: list[int],
+        *,
+        text_bytes: int = 0,
+        text_words: int = 0,
+    ) -> None:
+        """Appends a packed row: documents, or pieces of them, and padding after the last.
+
+        Args:
+            split: its rows must all be of one length.
+            tokens_T: (T,) integers in [0, vocab_size).
+            ends: where each piece ends, rising, in 1..T.
+            text_bytes: UTF-8 bytes of the documents whose text begins in this row, or before it.
+            text_words: their words.
+
+        Raises:
+            DataError: as `add`.
+        """
+        self._add(split, tokens_T, ends, text_bytes, text_words, packed_seq_len=len(tokens_T))
+
+    def _add(
+        self,
+        split: str,
+        tokens: np.ndarray,
+        ends: list[int],
+        text_bytes: int,
+        text_words: int,
+        packed_seq_len: int | None = None,
+    ) -> None:
         try:
             self._check_vocabulary(tokens)
             if split not in self._splits:
-                self._splits[split] = self._new_split(split)
-            self._splits[split].add(tokens, text_bytes, text_words)
+                self._splits[split] = self._new_split(split, packed_seq_len)
+            if self._splits[split].packed_seq_len != packed_seq_len:
+                raise ValueError(f"{split!r} mixes documents and rows, or rows of two lengths")
+            self._splits[split].add(tokens, ends, text_bytes, text_words)
         except DataError:
             self.abort()
             raise
@@ -163,15 +200,17 @@ class DatasetWriter:
         self._staged.abort()
 
     def _manifest(self, extra: dict[str, Any]) -> Manifest:
+        splits = {name: split.finish() for name, split in sorted(self._splits.items())}
+        is_packed = any(split.packed_seq_len for split in splits.values())
         fields = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": PACKED_VERSION if is_packed else VERSION,
             "dtype": dtype_for(self._vocab_size).name,
             "vocab_size": self._vocab_size,
             "eos_id": self._eos_id,
             "frame_tokens": self._frame_tokens,
             "tokenizer": self._tokenizer,
-            "splits": {name: split.finish() for name, split in sorted(self._splits.items())},
+            "splits": splits,
             # Through JSON once, so that the signature is over what a reader will parse.
             "extra": json.loads(json.dumps(extra, allow_nan=False)),
         }
@@ -194,14 +233,16 @@ class DatasetWriter:
         sha256 = write_synced(self._staged.path / name, source.read_bytes())
         return TokenizerFile(file=name, sha256=sha256, kind=kind)
 
-    def _new_split(self, name: str) -> _SplitWriter:
+    def _new_split(self, name: str, packed_seq_len: int | None) -> _SplitWriter:
         if not SPLIT_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is not a split name (lower case, at most 32 characters)")
         folder = self._staged.path / name
         with disk_errors(folder):
             folder.mkdir()
         dtype = dtype_for(self._vocab_size)
-        return _SplitWriter(folder, dtype, self._frame_tokens, self._shard_frames, self._level)
+        return _SplitWriter(
+            folder, dtype, self._frame_tokens, self._shard_frames, self._level, packed_seq_len
+        )
 
     def _refuse_taken(self, out: Path) -> None:
         if not out.exists():
@@ -222,9 +263,15 @@ class _SplitWriter:
     """Cuts one split's documents into frames and frames into shards."""
 
     def __init__(
-        self, folder: Path, dtype: np.dtype[Any], frame_tokens: int, shard_frames: int, level: int
+        self,
+        folder: Path,
+        dtype: np.dtype[Any],
+        frame_tokens: int,
+        shard_frames: int,
+        level: int,
+        packed_seq_len: int | None,
     ) -> None:
-        self._folder = folder
+        self._folder, self.packed_seq_len = folder, packed_seq_len
         self._frame_tokens, self._shard_frames, self._level = frame_tokens, shard_frames, level
         # One more than a frame: the extra token is the frame's carry.
         self._buffer = np.empty(frame_tokens + 1, dtype)
@@ -234,19 +281,20 @@ class _SplitWriter:
         self._shard: ShardWriter | None = None
         self._num_tokens = self._num_documents = self._text_bytes = self._text_words = 0
 
-    def add(self, tokens: np.ndarray, text_bytes: int, text_words: int) -> None:
-        taken = 0
+    def add(self, tokens: np.ndarray, ends: list[int], text_bytes: int, text_words: int) -> None:
+        taken, placed = 0, 0
         while taken < len(tokens):
             part = tokens[taken : taken + len(self._buffer) - self._filled]
             self._buffer[self._filled : self._filled + len(part)] = part
+            while placed < len(ends) and ends[placed] <= taken + len(part):
+                self._ends.append(self._filled + ends[placed] - taken)
+                placed += 1
             self._filled += len(part)
             taken += len(part)
-            if taken == len(tokens):
-                self._ends.append(self._filled)
             if self._filled == len(self._buffer):
                 self._flush(self._frame_tokens, int(self._buffer[-1]))
         self._num_tokens += len(tokens)
-        self._num_documents += 1
+        self._num_documents += len(ends)
         self._text_bytes += text_bytes
         self._text_words += text_words
 
@@ -276,6 +324,7 @@ class _SplitWriter:
             num_bytes_text=self._text_bytes,
             num_words_text=self._text_words,
             shards=self._shards,
+            packed_seq_len=self.packed_seq_len,
         )
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from scalellm import data
-from scalellm.batches import micro_batches
+from scalellm.batches import global_targets, micro_batches
 from scalellm.config import Config
 from scalellm.dist import World, sum_over_ranks
 from scalellm.evaluate import Evaluation
@@ -95,13 +95,14 @@ def _train_step(run: Run, stop: StopSignal) -> tuple[Row, bool]:
     batch, cursor = next(run.stream)
     clock.lap("data_wait_s")
     step, strategy, device = run.step + 1, run.strategy, run.world.device
+    target_tokens = global_targets(batch, device)
     _seed_step(run.config.run.seed, step, run.world.rank)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for micro_batch, is_last in micro_batches(batch, run.micro_batch_size, device):
         with strategy.micro_step(is_last):
             loss = strategy.forward(micro_batch)
             clock.lap("forward_s")
-            strategy.backward(loss, batch.global_target_tokens)
+            strategy.backward(loss, target_tokens)
         loss_sum += loss.detach()
         run.sources.add(micro_batch)
         clock.lap("backward_s")
@@ -114,19 +115,19 @@ def _train_step(run: Run, stop: StopSignal) -> tuple[Row, bool]:
     asked = float(stop.received is not None)
     local = [float(loss_sum), asked, *run.sources.take()]
     global_loss_sum, stop_votes, *by_source = sum_over_ranks(local, device)
-    run.step, run.cursor, run.tokens = step, cursor, run.tokens + batch.global_target_tokens
+    run.step, run.cursor, run.tokens = step, cursor, run.tokens + target_tokens
     run.guard.observe(step, result.skipped, result.grad_norm)
     step_time_s = clock.total_s()
     run.session.observe(step_time_s)
     row: Row = {
         "kind": "train",
         "step": step,
-        "loss": global_loss_sum / batch.global_target_tokens,
+        "loss": global_loss_sum / target_tokens,
         "grad_norm": result.grad_norm,
         "learning_rate": rate,
         "skipped": int(result.skipped),
         "tokens": run.tokens,
-        "tokens_per_s": batch.global_target_tokens / step_time_s,
+        "tokens_per_s": target_tokens / step_time_s,
         "step_time_s": step_time_s,
         **clock.seconds,
         **run.sources.fields(by_source),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -221,6 +224,41 @@ def test_a_frame_that_declares_less_than_it_holds_is_refused(path: Path) -> None
     size = zstandard.frame_header_size(bytes(frame))
     write_last_frame(path, b"\x28\xb5\x2f\xfd\x24\x80" + bytes(frame[size:]))
     refuses(path, "frame 2 (cannot be decoded|does not hold)")
+
+
+READ_WITHIN = """
+import resource, sys
+from pathlib import Path
+from scalellm.data import TokenDataset
+from scalellm.errors import DataError
+
+dataset = TokenDataset.open(Path(sys.argv[1]))
+used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used_bytes + (64 << 20),) * 2)
+try:
+    dataset.read(0, dataset.num_tokens)
+except DataError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("is_declared", [True, False])
+def test_a_zstd_bomb_takes_no_memory(path: Path, is_declared: bool) -> None:
+    size_bytes = 1 << 30
+    compressor = zstandard.ZstdCompressor(write_checksum=True).compressobj(size=size_bytes)
+    part = bytes(1 << 20)
+    frame = b"".join(compressor.compress(part) for _ in range(size_bytes // len(part)))
+    frame += compressor.flush()
+    assert len(frame) < 1 << 20
+    if not is_declared:  # a header of one byte of size, 128, before the blocks of the large frame
+        frame = b"\x28\xb5\x2f\xfd\x24\x80" + frame[zstandard.frame_header_size(frame) :]
+    write_last_frame(path, frame)
+    done = subprocess.run(
+        [sys.executable, "-c", READ_WITHIN, str(path)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    words = "declares 1073741824 bytes" if is_declared else "cannot be decoded|does not hold"
+    assert re.search(rf"frame 2 .*({words})", done.stdout)
 
 
 @pytest.mark.parametrize("options", [{"write_checksum": False}, {"write_content_size": False}])
