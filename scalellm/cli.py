@@ -14,7 +14,8 @@ import time
 from collections.abc import Sequence
 
 from scalellm import __version__
-from scalellm.commands import COMMANDS
+from scalellm.commands import COMMANDS as PLAIN_COMMANDS
+from scalellm.data_command import data
 from scalellm.errors import (
     EXIT_DONE,
     EXIT_FAILURE,
@@ -23,6 +24,8 @@ from scalellm.errors import (
     UserError,
     did_you_mean,
 )
+
+COMMANDS = {**PLAIN_COMMANDS, "data": (data, "inspect, verify, diff or convert datasets")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -200,7 +200,7 @@ def _generate(argv: Sequence[str]) -> int:
 def _eval(argv: Sequence[str]) -> int:
     parser = Parser("eval", "Loss and perplexity of a run on a dataset.")
     parser.add_argument("run", type=Path, help="run folder or checkpoint")
-    parser.add_argument("--data", type=Path, help="dataset folder; default: the run's own")
+    parser.add_argument("--data", help="dataset folder or URL; default: the run's own")
     parser.add_argument(
         "--split",
         help="train or validation; default: validation of the run's own dataset, "
@@ -243,6 +243,30 @@ def _prepare(argv: Sequence[str]) -> int:
     parser.add_argument("--min-chars", type=int, default=1, help="shorter documents are left out")
     parser.add_argument("--encoding", default="auto", help="auto, or the encoding of all files")
     parser.add_argument("--text-field", default="text", help="of .jsonl, .parquet and hf: sources")
+    parser.add_argument(
+        "--clean",
+        metavar="none|light|web|code|FILE.yaml",
+        help="stages of cleaning: a preset, or a file of the keys that --set takes",
+    )
+    parser.add_argument(
+        "--dedup",
+        choices=("none", "exact", "near"),
+        default="none",
+        help="remove documents that are equal, or also those that share most of their words",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="clean.STAGE.KEY=VALUE or dedup.KEY=VALUE, such as dedup.index=DIR; repeatable",
+    )
+    parser.add_argument(
+        "--pack",
+        type=int,
+        metavar="SEQ_LEN",
+        help="lay whole documents into rows of so many tokens",
+    )
     parser.add_argument("--limit-mb", type=float, help="use about so many MB of the source")
     parser.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
     parser.add_argument("--engine", default="local", help="encode here (local) or on a Ray cluster")
@@ -256,7 +280,9 @@ def _prepare(argv: Sequence[str]) -> int:
     if options.limit_mb is not None and not 0 < options.limit_mb < 1e12:
         raise UserError(f"--limit-mb={options.limit_mb} MB must be a number above 0")
     from scalellm.data.prepare import PrepareOptions, prepare
+    from scalellm.data.refine import refine_options
 
+    clean, dedup = refine_options(options.clean, options.dedup, options.set)
     report = prepare(
         PrepareOptions(
             sources=tuple(options.source),
@@ -273,6 +299,9 @@ def _prepare(argv: Sequence[str]) -> int:
             engine=options.engine,
             ray_address=options.ray_address,
             limit_bytes=None if options.limit_mb is None else int(options.limit_mb * 1e6),
+            clean=clean,
+            dedup=dedup,
+            pack=options.pack,
         )
     )
     print(report)

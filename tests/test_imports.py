@@ -24,6 +24,7 @@ LAYERS = [
     {"inference", "reference", "parity", "export"},
     {"clusters"},
     {"commands"},
+    {"data_command"},
     {"cli"},
     {"__main__"},
 ]

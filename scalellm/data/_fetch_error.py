@@ -54,6 +54,8 @@ def error_of(scheme: str, error: BaseException, timeout_s: float) -> FetchError:
             return status_error(scheme, int(getattr(cause, "code", 0) or 0), None)
     if isinstance(error, FileNotFoundError):
         return status_error(scheme, 404, None)
+    if scheme == "gs" and str(error).startswith("Forbidden"):
+        return status_error(scheme, 403, None)
     name = type(error).__name__
     if isinstance(error, PermissionError) or "Credentials" in name:
         return FetchError(_words(error), _CREDENTIALS[scheme])

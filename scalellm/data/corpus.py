@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scalellm.data.documents import ReadOptions, Tally
+from scalellm.data.clean import CleanOptions
+from scalellm.data.dedup import DedupOptions
+from scalellm.data.documents import Document, ReadOptions, Tally
 from scalellm.data.encoding import AUTO, check_encoding_name
+from scalellm.data.format import MAX_FRAME_TOKENS
+from scalellm.data.refine import RefineOptions, check_deduplicable
 from scalellm.data.sources import Source, open_sources
 from scalellm.data.split import TRAIN, VALIDATION, assign_splits
 from scalellm.data.tokenizer import TRAINED_KINDS, load_tokenizer
@@ -44,6 +48,9 @@ class PrepareOptions:
         engine: "local" encodes in processes of this machine, "ray" on a Ray cluster; never
             changes the result.
         ray_address: HOST:PORT of the cluster, "auto" or "local"; None: one that runs, else local.
+        clean: stages of cleaning, or None. With `dedup` it runs on this machine, on any engine.
+        dedup: what duplicates are and how they are sought, or None: they stay.
+        pack: tokens of a row into which the train split's documents are packed, or None.
     """
 
     sources: tuple[str, ...]
@@ -61,6 +68,9 @@ class PrepareOptions:
     limit_bytes: int | None = None
     engine: str = ENGINES[0]
     ray_address: str | None = None
+    clean: CleanOptions | None = None
+    dedup: DedupOptions | None = None
+    pack: int | None = None
 
     def __post_init__(self) -> None:
         limits = (
@@ -74,6 +84,12 @@ class PrepareOptions:
                 self.limit_bytes is None or self.limit_bytes > 0,
                 "1 byte or more",
             ),
+            (
+                "pack",
+                self.pack,
+                self.pack is None or 2 <= self.pack <= MAX_FRAME_TOKENS,
+                f"2 to {MAX_FRAME_TOKENS} tokens",
+            ),
         )
         for name, value, fits, limit in limits:
             if not fits:
@@ -86,9 +102,15 @@ class PrepareOptions:
                 f"ray_address={self.ray_address!r} has no use with engine={self.engine!r}; set "
                 "engine=ray"
             )
+        check_deduplicable(self.refine)
         check_encoding_name(self.encoding)
         if self.trains_tokenizer:
             check_vocab_size(self.tokenizer, self.vocab_size)
+
+    @property
+    def refine(self) -> RefineOptions:
+        """What happens to the documents before they become tokens."""
+        return RefineOptions(self.clean, self.dedup, self.min_chars)
 
     @property
     def trains_tokenizer(self) -> bool:
@@ -115,14 +137,21 @@ class Corpus:
             self._validation = open_sources(options.validation_sources, read, options.limit_bytes)
         self.made_from = self._made_from()
 
-    def split_texts(self, tally: Tally) -> Iterator[tuple[str, str]]:
-        """Yields (split, text); counts in `tally` what is left out."""
+    def documents(self, tally: Tally) -> Iterator[tuple[str, Document]]:
+        """Yields every document with its split, or "" where that is drawn by `split_texts`.
+
+        Those to validate on come first. Counts in `tally` what is left out.
+        """
+        yield from ((VALIDATION, one) for one in self._read(self._validation, tally))
+        split = TRAIN if self._validation else ""
+        yield from ((split, one) for one in self._read(self._sources, tally))
+
+    def split_texts(self, texts: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+        """Yields (split, text) of what `documents` gave, as it is or refined."""
         if self._validation:
-            yield from ((TRAIN, text) for text in self._texts(self._sources, tally))
-            yield from ((VALIDATION, text) for text in self._texts(self._validation, tally))
-        else:
-            texts = self._texts(self._sources, tally)
-            yield from assign_splits(texts, self._options.val_fraction, self._options.seed)
+            return iter(texts)
+        options = self._options
+        return assign_splits((text for _, text in texts), options.val_fraction, options.seed)
 
     def _made_from(self) -> dict[str, Any]:
         options = self._options
@@ -132,6 +161,9 @@ class Corpus:
         fingerprints = [source.fingerprint() for source in (*self._sources, *self._validation)]
         made_from = {name: getattr(options, name) for name in fields.split()}
         made_from |= {"pipeline": _PIPELINE_VERSION, "fingerprints": fingerprints}
+        made_from |= options.refine.to_dict()
+        if options.pack is not None:
+            made_from["pack"] = options.pack
         if options.trains_tokenizer:
             made_from |= {"tokenizer": options.tokenizer, "vocab_size": options.vocab_size}
         else:
@@ -142,7 +174,7 @@ class Corpus:
             for name, value in made_from.items()
         }
 
-    def _texts(self, sources: list[Source], tally: Tally) -> Iterator[str]:
+    def _read(self, sources: list[Source], tally: Tally) -> Iterator[Document]:
         min_chars = self._options.min_chars
         too_short = f"shorter than {min_chars} characters" if min_chars > 1 else "empty"
         for source in sources:
@@ -152,7 +184,7 @@ class Corpus:
                 elif not _is_unicode(document.text):
                     tally.dropped["not valid Unicode"] += 1
                 else:
-                    yield document.text
+                    yield document
 
 
 def _is_unicode(text: str) -> bool:

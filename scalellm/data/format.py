@@ -1,4 +1,4 @@
-"""The dataset format "scalellm-tokens", versions 1 and 2: names, records, the manifest and its validation.
+"""The dataset format "scalellm-tokens", versions 1 and 2: names, records, manifest, validation.
 
 A dataset is a directory (`docs/data-format.md` reads one with numpy and zstandard alone):
 

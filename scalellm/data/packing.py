@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from scalellm.data.writer import DatasetWriter
+
 MAX_WASTE = 0.01
 _WINDOW_TOKENS = 1 << 23
 
@@ -159,3 +161,39 @@ class Packer:
         self.pieces += len(pieces)
         self.padding_tokens += row.room
         return np.concatenate([*pieces, padding]), np.cumsum([len(p) for p in pieces]).tolist()
+
+
+class PackedSplit:
+    """Writes the documents of one split as packed rows.
+
+    Args:
+        writer: of the dataset.
+        split: its name.
+        seq_len: tokens of a row.
+    """
+
+    def __init__(self, writer: DatasetWriter, split: str, seq_len: int) -> None:
+        self._writer, self._split = writer, split
+        self._packer = Packer(seq_len, writer.eos_id)
+        # Of documents of which no row was written yet.
+        self._text_bytes = self._text_words = 0
+
+    def add(self, tokens: np.ndarray, text_bytes: int, text_words: int) -> None:
+        """Takes a document (n,), its EOS at the end, and the size of its text."""
+        self._text_bytes += text_bytes
+        self._text_words += text_words
+        self._write(self._packer.add(tokens))
+
+    def finish(self) -> None:
+        """Writes the rows that are not full yet."""
+        self._write(self._packer.finish())
+
+    def report(self) -> dict[str, float | int]:
+        """What was packed."""
+        return self._packer.report()
+
+    def _write(self, rows: Iterator[tuple[np.ndarray, list[int]]]) -> None:
+        for tokens_T, ends in rows:
+            size = {"text_bytes": self._text_bytes, "text_words": self._text_words}
+            self._writer.add_row(self._split, tokens_T, ends, **size)
+            self._text_bytes = self._text_words = 0

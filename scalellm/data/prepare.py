@@ -1,9 +1,10 @@
 """The way of text into a dataset: read, filter, split, train a tokenizer, encode, write.
 
 The corpus is never in memory. It is read once to train a tokenizer (from a bounded sample of the
-train documents) and once to encode; with a tokenizer file only once. The same sources and options
-give the same dataset, byte for byte, with any number of workers, on this machine or on a Ray
-cluster.
+train documents) and once to encode; with a tokenizer file only once. With cleaning or deduplication
+it is read once, and what is left of it lies in a work folder beside the dataset meanwhile, which a
+run that was interrupted finds again. The same sources and options give the same dataset, byte for
+byte, with any number of workers, on this machine or on a Ray cluster.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,13 @@ from scalellm.data import encode_job
 from scalellm.data.corpus import Corpus, PrepareOptions
 from scalellm.data.documents import Tally
 from scalellm.data.encode_job import Encode, Encoded, SplitTexts
-from scalellm.data.format import MANIFEST, load_manifest
+from scalellm.data.format import FRAME_TOKENS, MANIFEST, load_manifest
+from scalellm.data.packing import PackedSplit
 from scalellm.data.pool import call_in_process, ordered_map, sigterm_as_interrupt
 from scalellm.data.prepare_report import PrepareReport, SplitReport
+from scalellm.data.refine import Refined, key_of, refine
 from scalellm.data.split import TRAIN, VALIDATION, TextSample
+from scalellm.data.spool import WorkFolder
 from scalellm.data.tokenizer import Tokenizer, load_tokenizer
 from scalellm.data.tokenizer_training import sample_bytes, train_tokenizer
 from scalellm.data.writer import DatasetWriter
@@ -41,6 +45,9 @@ __all__ = ["PrepareOptions", "PrepareReport", "prepare"]
 _TRAIN_HERE_CHARS = 2_000_000
 _MENDED = "replace it with --overwrite, or give another --out"
 _MB = 1_000_000
+
+# Yields (split, text) anew at each call, and counts in the tally what is left out.
+Texts = Callable[[Tally], Iterator[tuple[str, str]]]
 
 
 def prepare(options: PrepareOptions, *, progress: bool = True) -> PrepareReport:
@@ -66,11 +73,56 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> PrepareReport:
         _engine(options) as encode,
     ):
         show = _Progress(progress)
-        tokenizer = _tokenizer_for(options, corpus, Path(scratch), show)
-        training_s = time.perf_counter() - started
-        report = _encode(options, corpus, tokenizer, encode, show)
+        with _refined(options, corpus, show) as refined:
+            texts = _texts(corpus, refined)
+            tokenizer = _tokenizer_for(options, texts, Path(scratch), show)
+            training_s = time.perf_counter() - started
+            report = _encode(options, corpus, refined, texts, tokenizer, encode, show)
     seconds = time.perf_counter() - started
     return replace(report, seconds=seconds, training_s=training_s)
+
+
+@contextmanager
+def _refined(
+    options: PrepareOptions, corpus: Corpus, show: _Progress
+) -> Generator[Refined | None, None, None]:
+    """Gives the cleaned documents; their folder goes with success and with the user's mistakes."""
+    if not options.refine.is_on:
+        yield None
+        return
+    key = key_of(corpus.made_from)
+    work = WorkFolder(options.out, key)
+    remove = True
+    try:
+        tally = Tally()
+        num_workers = options.num_workers or _cores()
+        with show.bar("cleaning" if options.clean else "reading") as bar:
+            refined = refine(
+                corpus.documents(tally),
+                tally,
+                options.refine,
+                work,
+                num_workers,
+                run_key=key,
+                progress=bar,
+            )
+        yield refined
+    except KeyboardInterrupt:
+        remove = work.mark() is None
+        raise
+    finally:
+        work.close(remove=remove)
+
+
+def _texts(corpus: Corpus, refined: Refined | None) -> Texts:
+    def read(tally: Tally) -> Iterator[tuple[str, str]]:
+        if refined is None:
+            raw = ((split, document.text) for split, document in corpus.documents(tally))
+            return corpus.split_texts(raw)
+        tally.dropped, tally.encodings = refined.tally.dropped, refined.tally.encodings
+        return corpus.split_texts(refined.texts())
+
+    return read
 
 
 def _engine(options: PrepareOptions) -> AbstractContextManager[Encode]:
@@ -110,14 +162,14 @@ class _Progress:
 
 
 def _tokenizer_for(
-    options: PrepareOptions, corpus: Corpus, scratch: Path, show: _Progress
+    options: PrepareOptions, read: Texts, scratch: Path, show: _Progress
 ) -> Tokenizer:
     if not options.trains_tokenizer:
         return load_tokenizer(Path(options.tokenizer))
     sample = TextSample(sample_bytes(options.tokenizer, options.vocab_size), options.seed)
     tally, read_bytes = Tally(), 0
     with show.bar("reading") as bar:
-        for split, text in corpus.split_texts(tally):
+        for split, text in read(tally):
             size_bytes = len(text.encode())
             read_bytes += size_bytes
             bar.update(size_bytes)
@@ -144,6 +196,8 @@ def _train(kind: str, texts: list[str], vocab_size: int, out: Path) -> None:
 def _encode(
     options: PrepareOptions,
     corpus: Corpus,
+    refined: Refined | None,
+    read: Texts,
     tokenizer: Tokenizer,
     encode: Encode,
     show: _Progress,
@@ -151,7 +205,7 @@ def _encode(
     """Writes the dataset; the report lacks only the times before."""
     started = time.perf_counter()
     tally, counts, unknown_tokens = Tally(), _Counts(), 0
-    encoded = encode(encode_job.batches(corpus.split_texts(tally)), tokenizer.file)
+    encoded = encode(encode_job.batches(read(tally)), tokenizer.file)
     writer = DatasetWriter(
         options.out,
         vocab_size=tokenizer.vocab_size,
@@ -159,14 +213,21 @@ def _encode(
         tokenizer_file=tokenizer.file,
         tokenizer_kind=tokenizer.kind,
         overwrite=options.overwrite,
+        **_frames(options.pack),
     )
+    packed = None if options.pack is None else PackedSplit(writer, TRAIN, options.pack)
     with writer, closing(encoded), show.bar("encoding", show.total_bytes) as bar:
         for batch in encoded:
             for split, tokens, text_bytes, text_words in batch.documents():
-                writer.add(split, tokens, text_bytes=text_bytes, text_words=text_words)
+                if packed is not None and split == TRAIN:
+                    packed.add(tokens, text_bytes, text_words)
+                else:
+                    writer.add(split, tokens, text_bytes=text_bytes, text_words=text_words)
                 counts.add(split, text_bytes, text_words, len(tokens))
                 bar.update(text_bytes)
             unknown_tokens += batch.unknown_tokens
+        if packed is not None:
+            packed.finish()
         splits = counts.reports()
         if TRAIN not in splits:
             raise _empty(options, tally)
@@ -182,9 +243,23 @@ def _encode(
             notes=tuple(_notes(options, tokenizer, splits, unknown_tokens)),
             documents_per_s=sum(one.documents for one in splits.values()) / encoding_s,
             mb_per_s=sum(one.text_bytes for one in splits.values()) / encoding_s / _MB,
+            cleaning=None if refined is None else refined.cleaning,
+            cleaning_lines=() if refined is None else tuple(refined.cleaning_lines),
+            deduplication=None if refined is None else refined.duplicates,
+            packing=None if packed is None else packed.report(),
         )
+        if refined is not None:
+            refined.keep()
         writer.finish({"made_from": corpus.made_from} | report.to_extra())
     return report
+
+
+def _frames(pack: int | None) -> dict[str, int]:
+    """Frames of whole rows, so that reading a row touches one frame."""
+    if pack is None:
+        return {}
+    frame_tokens = max(1, FRAME_TOKENS // pack) * pack
+    return {"frame_tokens": frame_tokens, "shard_tokens": 1024 * frame_tokens}
 
 
 class _Counts:
@@ -240,17 +315,23 @@ def _find_made(options: PrepareOptions, made_from: dict[str, Any]) -> PrepareRep
     if not isinstance(found, dict):
         raise DataError(f"{out} holds a dataset of unknown origin; {_MENDED}")
     wanted = json.loads(json.dumps(made_from))
-    changed = [name for name in wanted if found.get(name) != wanted[name]]
+    names = (*wanted, *(name for name in found if name not in wanted))
+    changed = [name for name in names if found.get(name) != wanted.get(name)]
     if not changed:
         return PrepareReport.of_dataset(out, manifest)
     if changed == ["fingerprints"]:
         raise DataError(f"{out} was prepared before its sources changed; {_MENDED}")
     differ = ", ".join(
-        f"{name}={found.get(name)!r} there, {wanted[name]!r} now"
+        f"{name}={_brief(found.get(name))} there, {_brief(wanted.get(name))} now"
         for name in changed
         if name != "fingerprints"
     )
     raise DataError(f"{out} was prepared with other options ({differ}); {_MENDED}")
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}…"
 
 
 def _refuse_unwritable(out: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,10 @@ class PrepareReport:
         training_s: wall time of reading the sample and training the tokenizer.
         documents_per_s: documents of the encoding pass by its wall time.
         mb_per_s: megabytes (10^6 bytes) of UTF-8 text of the encoding pass by its wall time.
+        cleaning: what each stage of cleaning did; None: there was none.
+        cleaning_lines: the same as a table.
+        deduplication: what was removed as duplicate; None: nothing was sought.
+        packing: how full the rows of the train split are; None: it is not packed.
         reused: the dataset was there already, made from the same sources with the same options.
     """
 
@@ -54,6 +58,10 @@ class PrepareReport:
     training_s: float = 0.0
     documents_per_s: float = 0.0
     mb_per_s: float = 0.0
+    cleaning: Mapping[str, Any] | None = None
+    cleaning_lines: tuple[str, ...] = ()
+    deduplication: Mapping[str, Any] | None = None
+    packing: Mapping[str, Any] | None = None
     reused: bool = False
 
     @property
@@ -82,8 +90,27 @@ class PrepareReport:
             if any(counts.values()):
                 listed = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
                 lines.append(f"  {title}: {listed}")
+        lines += [f"  {line}" for line in self._refined_lines()]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def _refined_lines(self) -> Iterator[str]:
+        yield from self.cleaning_lines
+        found = self.deduplication
+        if found is not None:
+            yield (
+                f"duplicates removed: {found['exact']:,} exact and {found['near']:,} near, of "
+                f"{found['documents']:,} documents"
+            )
+            for example in found["examples"]:
+                yield f"  {example['removed']} (stays: {example['kept']})"
+        packed = self.packing
+        if packed is not None:
+            yield (
+                f"packed: {packed['documents']:,} documents in {packed['rows']:,} rows of "
+                f"{packed['seq_len']:,} tokens, padding {packed['padding_share']:.2%}, "
+                f"{packed['cut_documents']:,} documents cut"
+            )
 
     def _headline(self) -> str:
         tokenizer = f"{self.tokenizer_kind} tokenizer, {self.vocab_size:,} pieces"
@@ -96,12 +123,16 @@ class PrepareReport:
 
     def to_extra(self) -> dict[str, Any]:
         """What the manifest keeps besides the splits' numbers."""
-        return {
+        extra = {
             "dropped": dict(self.dropped),
             "encodings": dict(self.encodings),
             "unknown_tokens": self.unknown_tokens,
             "notes": list(self.notes),
         }
+        for name in ("cleaning", "deduplication", "packing"):
+            if (value := getattr(self, name)) is not None:
+                extra[name] = dict(value)
+        return extra
 
     @classmethod
     def of_dataset(cls, out: Path, manifest: Manifest) -> PrepareReport:
@@ -124,5 +155,7 @@ class PrepareReport:
             encodings=extra.get("encodings", {}),
             unknown_tokens=extra.get("unknown_tokens", 0),
             notes=tuple(extra.get("notes", ())),
+            deduplication=extra.get("deduplication"),
+            packing=extra.get("packing"),
             reused=True,
         )

@@ -79,7 +79,7 @@ class DatasetWriter:
         if rest or not 1 <= shard_frames <= MAX_SHARD_FRAMES:
             raise ValueError(f"{shard_tokens=} is not 1 to {MAX_SHARD_FRAMES} x {frame_tokens=}")
         self._overwrite = overwrite
-        self._vocab_size, self._eos_id = vocab_size, eos_id
+        self._vocab_size, self.eos_id = vocab_size, eos_id
         self._frame_tokens, self._shard_frames, self._level = frame_tokens, shard_frames, level
         self._splits: dict[str, _SplitWriter] = {}
         self._refuse_taken(self.out)
@@ -117,8 +117,8 @@ class DatasetWriter:
         """
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not len(tokens):
             raise ValueError(f"a document is (n,) integers, got {tokens.shape} {tokens.dtype}")
-        if int(tokens[-1]) != self._eos_id:
-            raise ValueError(f"a document ends with eos_id={self._eos_id}, got {int(tokens[-1])}")
+        if int(tokens[-1]) != self.eos_id:
+            raise ValueError(f"a document ends with eos_id={self.eos_id}, got {int(tokens[-1])}")
         self._add(split, tokens, [len(tokens)], text_bytes, text_words)
 
     def add_row(
@@ -136,7 +136,7 @@ class DatasetWriter:
             split: its rows must all be of one length.
             tokens_T: (T,) integers in [0, vocab_size).
             ends: where each piece ends, rising, in 1..T.
-            text_bytes: UTF-8 bytes of the documents whose text begins in this row, or before it.
+            text_bytes: UTF-8 bytes of documents that are counted with this row.
             text_words: their words.
 
         Raises:
@@ -207,7 +207,7 @@ class DatasetWriter:
             "version": PACKED_VERSION if is_packed else VERSION,
             "dtype": dtype_for(self._vocab_size).name,
             "vocab_size": self._vocab_size,
-            "eos_id": self._eos_id,
+            "eos_id": self.eos_id,
             "frame_tokens": self._frame_tokens,
             "tokenizer": self._tokenizer,
             "splits": splits,
