@@ -75,7 +75,7 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> PrepareReport:
         show = _Progress(progress)
         with _refined(options, corpus, show) as refined:
             texts = _texts(corpus, refined)
-            tokenizer = _tokenizer_for(options, texts, Path(scratch), show)
+            tokenizer = _tokenizer_for(options, refined, texts, Path(scratch), show)
             training_s = time.perf_counter() - started
             report = _encode(options, corpus, refined, texts, tokenizer, encode, show)
     seconds = time.perf_counter() - started
@@ -162,7 +162,7 @@ class _Progress:
 
 
 def _tokenizer_for(
-    options: PrepareOptions, read: Texts, scratch: Path, show: _Progress
+    options: PrepareOptions, refined: Refined | None, read: Texts, scratch: Path, show: _Progress
 ) -> Tokenizer:
     if not options.trains_tokenizer:
         return load_tokenizer(Path(options.tokenizer))
@@ -179,7 +179,7 @@ def _tokenizer_for(
     texts, out = sample.texts(), scratch / "tokenizer.model"
     chars = sum(map(len, texts))
     if not texts:
-        raise _empty(options, tally)
+        raise _empty(options, tally, refined)
     show.say(f"training the {options.tokenizer} tokenizer on {chars:,} characters …")
     job = (options.tokenizer, texts, options.vocab_size, out)
     if chars < _TRAIN_HERE_CHARS:
@@ -230,7 +230,7 @@ def _encode(
             packed.finish()
         splits = counts.reports()
         if TRAIN not in splits:
-            raise _empty(options, tally)
+            raise _empty(options, tally, refined)
         encoding_s = time.perf_counter() - started
         report = PrepareReport(
             out=options.out,
@@ -343,8 +343,11 @@ def _refuse_unwritable(out: Path) -> None:
         raise DataError(f"{parent} is no folder that can be written; give another --out")
 
 
-def _empty(options: PrepareOptions, tally: Tally) -> DataError:
-    dropped = ", ".join(f"{name} {count:,}" for name, count in sorted(tally.dropped.items()))
+def _empty(options: PrepareOptions, tally: Tally, refined: Refined | None) -> DataError:
+    reasons = dict(sorted(tally.dropped.items()))
+    if refined is not None:
+        reasons |= refined.removed
+    dropped = ", ".join(f"{name} {count:,}" for name, count in reasons.items())
     return DataError(
         f"there is no text to train on in {', '.join(options.sources)} (left out: "
         f"{dropped or 'nothing'}); give more text or relax the filters"

@@ -116,6 +116,15 @@ class Refined:
                 for number, kept in self._pairs
             ]
 
+    @property
+    def removed(self) -> dict[str, int]:
+        """Documents taken away, by the stage that did."""
+        counts = {}
+        for stage, found in (self.cleaning or {"stages": {}})["stages"].items():
+            counts[f"cleaned away by {stage}"] = sum(found["removed"].values())
+        counts["duplicates"] = int(np.count_nonzero(self._removed_N))
+        return {name: count for name, count in counts.items() if count}
+
     def keep(self) -> None:
         """Adds the fingerprints to the index of all runs, if there is one."""
         if self._search is not None:

@@ -65,6 +65,13 @@ def test_broken_characters_are_mended(text: str, mended: str | None, change: str
         assert cleaned.text.replace("’", "'") == mended
 
 
+def test_rare_letters_are_no_run_of_marks() -> None:
+    bold = "\U0001d400\U0001d401" * 40
+    assert clean(bold, encoding={}).text == bold
+    musical = "a" + "\U0001d165\U0001d16d" * 40
+    assert clean(musical, encoding={}).changes["encoding.marks"] == 1
+
+
 def test_unreadable_texts_are_removed() -> None:
     assert clean("\ufffd" + "a" * 99, encoding={}).text is not None
     cleaned = clean("\ufffd" * 2 + "a" * 98, encoding={})

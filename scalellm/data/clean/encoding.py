@@ -45,20 +45,23 @@ def _mojibake() -> re.Pattern[str]:
 
 
 @cache
-def _mark_run() -> re.Pattern[str]:
+def _mark_runs() -> tuple[re.Pattern[str], re.Pattern[str]]:
     """More combining marks in a row than any language writes (Unicode's Stream-Safe format).
 
     `unicodedata.normalize` sorts such a run in quadratic time: 40,000 marks take a second.
+
+    Returns:
+        A quick test that takes all rare scripts for marks (each range above U+FFFF costs time at
+        every character), and the exact pattern.
     """
-    marks = [code for code in range(0x300, 0x1F000) if unicodedata.combining(chr(code))]
-    ranges, start = [], marks[0]
-    for code, following in zip(marks, [*marks[1:], -1], strict=True):
-        if following != code + 1:
-            ranges.append(f"{chr(start)}-{chr(code)}")
-            start = following
-    mark = f"[{''.join(ranges)}]"
-    # Not "{31,}": a search for a single class is fast.
-    return re.compile(f"{mark}{mark}{{{_MARK_RUN_LIMIT},}}")
+    common = "".join(
+        chr(code) for code in range(0x300, 0x10000) if unicodedata.combining(chr(code))
+    )
+    rare = [chr(code) for code in range(0x10000, 0x1F000) if unicodedata.combining(chr(code))]
+    quick, exact = f"[{common}\U00010000-\U0001efff]", f"[{common}{''.join(rare)}]"
+    # Not "{31,}": a search that begins with a single class is fast.
+    quick, exact = (f"{mark}{mark}{{{_MARK_RUN_LIMIT},}}" for mark in (quick, exact))
+    return re.compile(quick), re.compile(exact)
 
 
 class EncodingStage:
@@ -101,9 +104,11 @@ class EncodingStage:
     def _normalize(self, text: str, changes: dict[str, int]) -> str:
         if self._options.normalize == "none":
             return text
-        text, cut = _mark_run().subn(lambda run: run[0][:_MARK_RUN_LIMIT], text)
-        if cut:
-            changes["marks"] = cut
+        quick, exact = _mark_runs()
+        if quick.search(text):
+            text, cut = exact.subn(lambda run: run[0][:_MARK_RUN_LIMIT], text)
+            if cut:
+                changes["marks"] = cut
         if not unicodedata.is_normalized("NFC", text):
             text = unicodedata.normalize("NFC", text)
             changes["normalized"] = 1
