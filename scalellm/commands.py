@@ -151,6 +151,9 @@ def _close(run_dir: Path, reason: str, step: int) -> None:
 def _show_sample(run_dir: Path, prompt: str, num_tokens: int) -> None:
     from scalellm.generate import Sampling
 
+    if not any(run_dir.glob("tokenizer.*")):
+        print("note: no sample, since the dataset has no tokenizer to write it with")
+        return
     text = _generate_text(run_dir, prompt, Sampling(max_new_tokens=num_tokens, seed=0))
     (run_dir / "sample.txt").write_text(text + "\n", encoding="utf-8")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,37 +61,42 @@ def _load_model(source: checkpoint.Checkpoint) -> Decoder:
 
 @dataclass(frozen=True)
 class EvaluationReport:
+    """Loss and perplexity; without the text's size in words and bytes, nothing per word or byte."""
+
     data_path: Path | str
     splits: tuple[str, ...]
     evaluation: Evaluation
     num_words: int
     num_bytes: int
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, Any]:
         result = self.evaluation
-        return {
-            "loss": result.loss,
-            "perplexity": result.perplexity,
-            "perplexity_per_word": result.perplexity_per_word(self.num_words),
-            "bits_per_byte": result.bits_per_byte(self.num_bytes),
-            "tokens": result.num_tokens,
-            "words": self.num_words,
-            "bytes": self.num_bytes,
-        }
+        figures: dict[str, Any] = {"loss": result.loss, "perplexity": result.perplexity}
+        if self.num_words and self.num_bytes:
+            figures["perplexity_per_word"] = result.perplexity_per_word(self.num_words)
+            figures["bits_per_byte"] = result.bits_per_byte(self.num_bytes)
+        if result.loss_by_source:
+            figures["loss_by_source"] = dict(result.loss_by_source)
+        counts = {"tokens": result.num_tokens, "words": self.num_words, "bytes": self.num_bytes}
+        return figures | counts
 
     def to_json(self) -> str:
         return json.dumps({"data": str(self.data_path), "splits": self.splits} | self.figures())
 
     def __str__(self) -> str:
         figures = self.figures()
-        return (
+        lines = [
             f"{self.data_path} ({' + '.join(self.splits)}): {figures['tokens']:,} tokens, "
-            f"{figures['words']:,} words, {figures['bytes']:,} bytes\n"
-            f"loss                 {figures['loss']:.4f} nats per token\n"
-            f"perplexity           {figures['perplexity']:.2f} per token\n"
-            f"perplexity per word  {figures['perplexity_per_word']:.6g}\n"
-            f"bits per byte        {figures['bits_per_byte']:.4f}"
-        )
+            f"{figures['words']:,} words, {figures['bytes']:,} bytes",
+            f"loss                 {figures['loss']:.4f} nats per token",
+            f"perplexity           {figures['perplexity']:.2f} per token",
+        ]
+        if "bits_per_byte" in figures:
+            lines.append(f"perplexity per word  {figures['perplexity_per_word']:.6g}")
+            lines.append(f"bits per byte        {figures['bits_per_byte']:.4f}")
+        for name, loss in figures.get("loss_by_source", {}).items():
+            lines.append(f"  {name:<18} {loss:.4f} nats per token")
+        return "\n".join(lines)
 
 
 def evaluate_run(
@@ -98,35 +104,52 @@ def evaluate_run(
 ) -> EvaluationReport:
     """Evaluates a run's newest checkpoint in one process.
 
-    Without `split`: the validation split of the run's own dataset, or all of another one.
+    Without `data_path`: every dataset of the run. Without `split`: the validation split of the
+    run's own datasets, or all of another one.
 
     Raises:
         DataError: the dataset's ids are of another tokenizer than the run's.
     """
     source = checkpoint.open_checkpoint(path)
     config = load_run_config(_run_dir(source))
-    store = open_store(data_path or config.data.path, config.data.remote)
-    manifest = load_manifest(store)
-    is_own = _absolute(store.location) == _absolute(config.data.path)
-    everything = tuple(manifest.splits)
-    splits = (split,) if split else (("validation",) if is_own else everything)
-    datasets = [data.TokenDataset(store, name, manifest) for name in splits]
+    opened = _open_datasets(config, data_path, split)
+    datasets = list(opened.values())
     _check_own_tokenizer(source)
-    _check_tokenizer(_run_dir(source), datasets[0])
+    for dataset in datasets:
+        _check_tokenizer(_run_dir(source), dataset)
     model = _load_model(source)
     with ranks("auto", config.run.threads, process_group=False) as world:
         strategy = Single(world, TrainConfig(precision=config.train.precision), Options())
         strategy.setup(model, lambda parameters: torch.optim.SGD(p for _, p in parameters))
-        results = [_evaluate_split(strategy, dataset, config, batch_size) for dataset in datasets]
-    num_tokens = sum(result.num_tokens for result in results)
-    nats = sum(result.loss * result.num_tokens for result in results)
+        results = {
+            name: _evaluate_split(strategy, dataset, config, batch_size)
+            for name, dataset in opened.items()
+        }
     return EvaluationReport(
-        store.location,
-        splits,
-        Evaluation(nats / max(1, num_tokens), num_tokens),
+        ", ".join(dict.fromkeys(str(dataset.path) for dataset in datasets)),
+        tuple(dict.fromkeys(dataset.split for dataset in datasets)),
+        Evaluation.of_all(results),
         sum(dataset.num_words_text for dataset in datasets),
         sum(dataset.num_bytes_text for dataset in datasets),
     )
+
+
+def _open_datasets(
+    config: Config, data_path: Path | str | None, split: str | None
+) -> dict[str, data.TokenDataset]:
+    """Opens what is to be evaluated, by a name that tells the parts from each other."""
+    if data_path is None:
+        if len(config.data.paths) > 1:
+            return {
+                name: data.TokenDataset.open(path, split or "validation", config.data.remote)
+                for name, path in config.data.paths.items()
+            }
+        [data_path] = config.data.paths.values()
+    store = open_store(data_path, config.data.remote)
+    manifest = load_manifest(store)
+    is_own = _absolute(store.location) in map(_absolute, config.data.paths.values())
+    splits = (split,) if split else (("validation",) if is_own else tuple(manifest.splits))
+    return {name: data.TokenDataset(store, name, manifest) for name in splits}
 
 
 def _absolute(location: Path | str) -> Path | str:

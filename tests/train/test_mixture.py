@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from scalellm.cli import main
 from scalellm.config import load_config, parse_config
 from scalellm.data import TokenDataset, shares
 from scalellm.data.prepare import PrepareOptions, prepare
@@ -192,3 +193,15 @@ def test_a_weight_by_a_word_on_the_command_line(mixed: Values, tmp_path: Path) -
     assert config.data.mix is not None and config.data.mix["words"].weight == 9
     assert set(config.data.paths) == {"code", "words"}
     assert TokenDataset.open(config.data.paths["words"]).num_tokens
+
+
+def test_eval_of_a_run_on_a_mixture(
+    mixed: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = run(mixed, tmp_path / "r")
+    trained = of_kind(rows, "eval")[-1]
+    assert main(["eval", str(tmp_path / "r"), "--json", str(tmp_path / "e.json")]) == 0
+    shown = json.loads((tmp_path / "e.json").read_text())
+    assert shown["loss"] == pytest.approx(trained["loss"], rel=1e-5)
+    assert shown["loss_by_source"] == pytest.approx(trained["loss_by_source"], rel=1e-5)
+    assert "  words  " in capsys.readouterr().out
