@@ -163,7 +163,8 @@ class RemoteStore:
             asked_s = failure.retry_after_s
             asks = f", and the server asks to wait {asked_s:.0f} s" if asked_s else ""
             sentence = (
-                f"{where} cannot be read ({spent}), the last time because of: {failure.cause}{asks}; "
+                f"{where} cannot be read ({spent}), the last time because of: "
+                f"{failure.cause}{asks}; "
                 f"check the server and the network, or raise data.retries={self._options.retries} "
                 f"tries or data.timeout_s={self._options.timeout_s:g} s"
             )

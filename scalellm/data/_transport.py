@@ -10,7 +10,8 @@ import importlib.util
 import re
 from collections.abc import Callable
 from typing import Any, Protocol
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from scalellm.data._fetch_error import FetchError, error_of, status_error
 from scalellm.errors import DataError
@@ -85,6 +86,13 @@ def _resolve_hub(url: str) -> tuple[str, dict[str, str]]:
     return f"{constants.ENDPOINT.rstrip('/')}/{'/'.join(parts)}", headers
 
 
+def _proxy_of(url: str) -> str | None:
+    parts = urlsplit(url)
+    if parts.hostname is None or proxy_bypass(parts.hostname):
+        return None
+    return getproxies().get(parts.scheme)
+
+
 class _HttpTransport:
     def __init__(
         self,
@@ -99,7 +107,9 @@ class _HttpTransport:
         self._scheme, self._base, self._headers = scheme, base, headers
         self._timeout_s, self._count = timeout_s, count
         # Proxies and ~/.netrc are taken from the environment; bytes are wanted as they are stored.
-        client = {"trust_env": True, "auto_decompress": False}
+        # aiohttp refuses a token beside ~/.netrc, so with one the proxy is looked up here.
+        self._proxy = _proxy_of(base) if headers else None
+        client = {"trust_env": not headers, "auto_decompress": False}
         self._fs = fsspec.filesystem("http", client_kwargs=client, skip_instance_cache=True)
 
     def fetch(self, name: str, offset: int, size_bytes: int) -> bytes:
@@ -126,7 +136,7 @@ class _HttpTransport:
             self._fs.encode_url(f"{self._base}/{name}"),
             headers={"Accept-Encoding": "identity", **self._headers, **headers},
             timeout=aiohttp.ClientTimeout(total=self._timeout_s),
-            allow_redirects=True,
+            proxy=self._proxy,
         )
 
     async def _head(self, name: str) -> int:

@@ -228,3 +228,12 @@ def short(bytes_less: int, times: int = 10**9) -> Fault:
         return False
 
     return fault
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder; those that go while we look count as nothing."""
+    total = 0
+    for path in list(folder.rglob("*")):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
