@@ -283,7 +283,7 @@ def _prepare(argv: Sequence[str]) -> int:
     if options.limit_mb is not None and not 0 < options.limit_mb < 1e12:
         raise UserError(f"--limit-mb={options.limit_mb} MB must be a number above 0")
     from scalellm.data.prepare import PrepareOptions, prepare
-    from scalellm.data.refine import refine_options
+    from scalellm.data.refine_options import refine_options
 
     clean, dedup = refine_options(options.clean, options.dedup, options.set)
     report = prepare(

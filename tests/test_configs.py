@@ -32,6 +32,9 @@ SHRUNK = [
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_trains_two_steps(path: Path, tiny_dataset: Path, tmp_path: Path) -> None:
     here = [f"data.path={tiny_dataset}", f"run.dir={tmp_path / 'run'}"]
+    if path.stem == "mixture":
+        here += [f"data.mix.{name}.path={tiny_dataset}" for name in ("code", "prose")]
+        here += ["data.stages=[{from_step: 1, seq_len: 16}, {from_step: 2, seq_len: 32}]"]
     config = load_config(path, [*SHRUNK, *here])
     assert run_training(config).step == 2
 

@@ -14,7 +14,7 @@ from scalellm.data.dedup import DedupOptions
 from scalellm.data.documents import Document, ReadOptions, Tally
 from scalellm.data.encoding import AUTO, check_encoding_name
 from scalellm.data.format import MAX_FRAME_TOKENS
-from scalellm.data.refine import RefineOptions, check_deduplicable
+from scalellm.data.refine_options import RefineOptions, check_deduplicable
 from scalellm.data.sources import Source, open_sources
 from scalellm.data.split import TRAIN, VALIDATION, assign_splits
 from scalellm.data.tokenizer import TRAINED_KINDS, load_tokenizer

@@ -9,7 +9,6 @@ byte, with any number of workers, on this machine or on a Ray cluster.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -27,9 +26,10 @@ from scalellm.data import encode_job
 from scalellm.data.corpus import Corpus, PrepareOptions
 from scalellm.data.documents import Tally
 from scalellm.data.encode_job import Encode, Encoded, SplitTexts
-from scalellm.data.format import FRAME_TOKENS, MANIFEST, load_manifest
+from scalellm.data.format import FRAME_TOKENS
 from scalellm.data.packing import PackedSplit
 from scalellm.data.pool import call_in_process, ordered_map, sigterm_as_interrupt
+from scalellm.data.prepare_checks import find_made, no_text, refuse_unwritable
 from scalellm.data.prepare_report import PrepareReport, SplitReport
 from scalellm.data.refine import Refined, key_of, refine
 from scalellm.data.split import TRAIN, VALIDATION, TextSample
@@ -37,13 +37,11 @@ from scalellm.data.spool import WorkFolder
 from scalellm.data.tokenizer import Tokenizer, load_tokenizer
 from scalellm.data.tokenizer_training import sample_bytes, train_tokenizer
 from scalellm.data.writer import DatasetWriter
-from scalellm.errors import DataError
 
 __all__ = ["PrepareOptions", "PrepareReport", "prepare"]
 
 # Below this, training takes less time than starting a process for it.
 _TRAIN_HERE_CHARS = 2_000_000
-_MENDED = "replace it with --overwrite, or give another --out"
 _MB = 1_000_000
 
 # Yields (split, text) anew at each call, and counts in the tally what is left out.
@@ -63,10 +61,10 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> PrepareReport:
     """
     started = time.perf_counter()
     corpus = Corpus(options)
-    reused = _find_made(options, corpus.made_from)
+    reused = find_made(options, corpus.made_from)
     if reused is not None:
         return reused
-    _refuse_unwritable(options.out)
+    refuse_unwritable(options.out)
     with (
         sigterm_as_interrupt(),
         tempfile.TemporaryDirectory(prefix="scalellm-") as scratch,
@@ -179,7 +177,7 @@ def _tokenizer_for(
     texts, out = sample.texts(), scratch / "tokenizer.model"
     chars = sum(map(len, texts))
     if not texts:
-        raise _empty(options, tally, refined)
+        raise no_text(options, tally, refined)
     show.say(f"training the {options.tokenizer} tokenizer on {chars:,} characters …")
     job = (options.tokenizer, texts, options.vocab_size, out)
     if chars < _TRAIN_HERE_CHARS:
@@ -230,7 +228,7 @@ def _encode(
             packed.finish()
         splits = counts.reports()
         if TRAIN not in splits:
-            raise _empty(options, tally, refined)
+            raise no_text(options, tally, refined)
         encoding_s = time.perf_counter() - started
         report = PrepareReport(
             out=options.out,
@@ -295,63 +293,6 @@ def _notes(
         yield f"{unknown_tokens:,} tokens stand for characters the tokenizer does not know"
     if VALIDATION not in splits and options.val_fraction > 0:
         yield "there is no validation split: a single text of one character cannot be cut"
-
-
-def _find_made(options: PrepareOptions, made_from: dict[str, Any]) -> PrepareReport | None:
-    """The report of the same dataset, or None if `out` is free.
-
-    Raises:
-        DataError: `out` holds something else.
-    """
-    out = options.out
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    if not (out / MANIFEST).is_file():
-        raise DataError(f"{out} is taken and holds no dataset; give another --out")
-    if options.overwrite:
-        return None
-    manifest = load_manifest(out)
-    found = manifest.extra.get("made_from")
-    if not isinstance(found, dict):
-        raise DataError(f"{out} holds a dataset of unknown origin; {_MENDED}")
-    wanted = json.loads(json.dumps(made_from))
-    names = (*wanted, *(name for name in found if name not in wanted))
-    changed = [name for name in names if found.get(name) != wanted.get(name)]
-    if not changed:
-        return PrepareReport.of_dataset(out, manifest)
-    if changed == ["fingerprints"]:
-        raise DataError(f"{out} was prepared before its sources changed; {_MENDED}")
-    differ = ", ".join(
-        f"{name}={_brief(found.get(name))} there, {_brief(wanted.get(name))} now"
-        for name in changed
-        if name != "fingerprints"
-    )
-    raise DataError(f"{out} was prepared with other options ({differ}); {_MENDED}")
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}…"
-
-
-def _refuse_unwritable(out: Path) -> None:
-    """Fails before the work, not after it."""
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise DataError(f"{parent} is no folder that can be written; give another --out")
-
-
-def _empty(options: PrepareOptions, tally: Tally, refined: Refined | None) -> DataError:
-    reasons = dict(sorted(tally.dropped.items()))
-    if refined is not None:
-        reasons |= refined.removed
-    dropped = ", ".join(f"{name} {count:,}" for name, count in reasons.items())
-    return DataError(
-        f"there is no text to train on in {', '.join(options.sources)} (left out: "
-        f"{dropped or 'nothing'}); give more text or relax the filters"
-    )
 
 
 def _cores() -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scalellm.data.format import Manifest
+from scalellm.data.format import Manifest, Split
 
 _MB = 1_000_000
 
@@ -140,15 +140,7 @@ class PrepareReport:
         extra = manifest.extra
         return cls(
             out=out,
-            splits={
-                name: SplitReport(
-                    split.num_documents,
-                    split.num_bytes_text,
-                    split.num_words_text,
-                    split.num_tokens,
-                )
-                for name, split in manifest.splits.items()
-            },
+            splits={name: _report_of(split, extra) for name, split in manifest.splits.items()},
             tokenizer_kind=manifest.tokenizer.kind if manifest.tokenizer else "none",
             vocab_size=manifest.vocab_size,
             dropped=extra.get("dropped", {}),
@@ -159,3 +151,12 @@ class PrepareReport:
             packing=extra.get("packing"),
             reused=True,
         )
+
+
+def _report_of(split: Split, extra: Mapping[str, Any]) -> SplitReport:
+    documents, tokens = split.num_documents, split.num_tokens
+    if split.packed_seq_len is not None:  # which counts pieces, and padding
+        packing = extra.get("packing", {})
+        documents = packing.get("documents", documents)
+        tokens -= packing.get("padding_tokens", 0)
+    return SplitReport(documents, split.num_bytes_text, split.num_words_text, tokens)

@@ -18,18 +18,15 @@ from scalellm.data.format import (
     MAX_MANIFEST_BYTES,
     MAX_SHARD_FRAMES,
     MAX_VOCAB_SIZE,
-    NO_CARRY,
     PACKED_VERSION,
     SPLIT_NAME,
     VERSION,
     Manifest,
-    Shard,
-    Split,
     TokenizerFile,
     dtype_for,
     dump_manifest,
 )
-from scalellm.data.shard_writer import ShardWriter
+from scalellm.data.split_writer import SplitWriter
 from scalellm.data.staging import StagedDirectory, disk_errors, write_synced
 from scalellm.errors import DataError
 
@@ -81,7 +78,7 @@ class DatasetWriter:
         self._overwrite = overwrite
         self._vocab_size, self.eos_id = vocab_size, eos_id
         self._frame_tokens, self._shard_frames, self._level = frame_tokens, shard_frames, level
-        self._splits: dict[str, _SplitWriter] = {}
+        self._splits: dict[str, SplitWriter] = {}
         self._refuse_taken(self.out)
         self._staged = StagedDirectory(self.out)
         try:
@@ -233,14 +230,14 @@ class DatasetWriter:
         sha256 = write_synced(self._staged.path / name, source.read_bytes())
         return TokenizerFile(file=name, sha256=sha256, kind=kind)
 
-    def _new_split(self, name: str, packed_seq_len: int | None) -> _SplitWriter:
+    def _new_split(self, name: str, packed_seq_len: int | None) -> SplitWriter:
         if not SPLIT_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is not a split name (lower case, at most 32 characters)")
         folder = self._staged.path / name
         with disk_errors(folder):
             folder.mkdir()
         dtype = dtype_for(self._vocab_size)
-        return _SplitWriter(
+        return SplitWriter(
             folder, dtype, self._frame_tokens, self._shard_frames, self._level, packed_seq_len
         )
 
@@ -257,79 +254,6 @@ class DatasetWriter:
             raise DataError(
                 f"{out} already holds a dataset; allow overwriting it or give another directory"
             )
-
-
-class _SplitWriter:
-    """Cuts one split's documents into frames and frames into shards."""
-
-    def __init__(
-        self,
-        folder: Path,
-        dtype: np.dtype[Any],
-        frame_tokens: int,
-        shard_frames: int,
-        level: int,
-        packed_seq_len: int | None,
-    ) -> None:
-        self._folder, self.packed_seq_len = folder, packed_seq_len
-        self._frame_tokens, self._shard_frames, self._level = frame_tokens, shard_frames, level
-        # One more than a frame: the extra token is the frame's carry.
-        self._buffer = np.empty(frame_tokens + 1, dtype)
-        self._filled = 0
-        self._ends: list[int] = []
-        self._shards: list[Shard] = []
-        self._shard: ShardWriter | None = None
-        self._num_tokens = self._num_documents = self._text_bytes = self._text_words = 0
-
-    def add(self, tokens: np.ndarray, ends: list[int], text_bytes: int, text_words: int) -> None:
-        taken, placed = 0, 0
-        while taken < len(tokens):
-            part = tokens[taken : taken + len(self._buffer) - self._filled]
-            self._buffer[self._filled : self._filled + len(part)] = part
-            while placed < len(ends) and ends[placed] <= taken + len(part):
-                self._ends.append(self._filled + ends[placed] - taken)
-                placed += 1
-            self._filled += len(part)
-            taken += len(part)
-            if self._filled == len(self._buffer):
-                self._flush(self._frame_tokens, int(self._buffer[-1]))
-        self._num_tokens += len(tokens)
-        self._num_documents += len(ends)
-        self._text_bytes += text_bytes
-        self._text_words += text_words
-
-    def _flush(self, count: int, carry: int) -> None:
-        if self._shard is None:
-            self._shard = ShardWriter(self._folder / f"{len(self._shards):05d}", self._level)
-        ends = [end for end in self._ends if end <= count]
-        self._shard.add(self._buffer[:count], ends, carry)
-        self._ends = [end - count for end in self._ends[len(ends) :]]
-        self._buffer[0] = self._buffer[-1]
-        self._filled -= count
-        if self._shard.num_frames == self._shard_frames:
-            self._finish_shard()
-
-    def _finish_shard(self) -> None:
-        if self._shard is not None:
-            self._shards.append(self._shard.finish())
-            self._shard = None
-
-    def finish(self) -> Split:
-        if self._filled:
-            self._flush(self._filled, NO_CARRY)
-        self._finish_shard()
-        return Split(
-            num_tokens=self._num_tokens,
-            num_documents=self._num_documents,
-            num_bytes_text=self._text_bytes,
-            num_words_text=self._text_words,
-            shards=self._shards,
-            packed_seq_len=self.packed_seq_len,
-        )
-
-    def close(self) -> None:
-        if self._shard is not None:
-            self._shard.close()
 
 
 def _is_dataset(path: Path) -> bool:

@@ -21,7 +21,7 @@ from scalellm.data import prepare as prepare_module
 from scalellm.data.clean import load_clean_options
 from scalellm.data.dedup import Deduplicator, DedupOptions
 from scalellm.data.prepare import PrepareOptions, prepare
-from scalellm.data.refine import refine_options
+from scalellm.data.refine_options import refine_options
 from scalellm.data.staging import StagedDirectory
 from scalellm.data.tokenizer import load_tokenizer
 from scalellm.errors import ConfigError, DataError, UserError
@@ -143,6 +143,8 @@ def test_other_options_are_another_dataset(options: PrepareOptions) -> None:
     for change in ({"clean": None}, {"dedup": None}, {"dedup": DedupOptions(threshold=0.9)}):
         with pytest.raises(DataError, match="was prepared with other options"):
             prepare(replace(options, **change), progress=False)
+    with pytest.raises(DataError, match=r"\(dedup.threshold=0.72 there, 0.9 now\)"):
+        prepare(replace(options, dedup=DedupOptions(threshold=0.9)), progress=False)
     more_memory = options.dedup.model_copy(update={"memory_bytes": 1 << 28})  # type: ignore[union-attr]
     assert prepare(replace(options, dedup=more_memory), progress=False).reused
     plain = replace(options, clean=None, dedup=None, overwrite=True)
