@@ -1,4 +1,4 @@
-"""A folder over HTTP with ranges, on loopback, in a process of its own: what a bucket looks like."""
+"""A folder over HTTP with ranges, on loopback, in a process of its own: stands for a bucket."""
 
 from __future__ import annotations
 
