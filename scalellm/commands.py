@@ -36,6 +36,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 
+def check_output_file(option: str, path: Path | None) -> None:
+    """Refuses before the work what could not be written after it."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"{option}={path} is a folder; give the name of a file")
+    if not path.resolve().parent.is_dir():
+        raise UserError(f"{option}={path}: there is no folder {path.parent}")
+
+
 def _parse_train(argv: Sequence[str]) -> argparse.Namespace:
     wants_help = any(word in ("-h", "--help") for word in argv)
     parser = Parser(
@@ -214,8 +224,7 @@ def _eval(argv: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(argv)
     if options.batch_size < 1:
         raise UserError(f"--batch-size={options.batch_size} samples must be 1 or more")
-    if options.json and not options.json.resolve().parent.is_dir():
-        raise UserError(f"--json={options.json}: there is no folder {options.json.parent}")
+    check_output_file("--json", options.json)
     from scalellm.inference import evaluate_run
 
     report = evaluate_run(options.run, options.data, options.split, options.batch_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from scalellm.commands import Command, Parser
+from scalellm.commands import Command, Parser, check_output_file
 from scalellm.errors import EXIT_DONE, EXIT_FAILURE, UserError, did_you_mean
 
 
@@ -42,8 +42,7 @@ def _inspect(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     options = parser.parse_intermixed_args(argv)
-    if options.json and not options.json.resolve().parent.is_dir():
-        raise UserError(f"--json={options.json}: there is no folder {options.json.parent}")
+    check_output_file("--json", options.json)
     from scalellm.data.tools.inspect import InspectOptions, inspect_dataset
 
     inspection = inspect_dataset(

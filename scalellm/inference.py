@@ -61,18 +61,22 @@ def _load_model(source: checkpoint.Checkpoint) -> Decoder:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Loss and perplexity; without the text's size in words and bytes, nothing per word or byte."""
+    """Loss and perplexity; without the text's size in words and bytes, nothing per word or byte.
+
+    Nor of packed rows, whose first token is not predicted, though its text is counted.
+    """
 
     data_path: Path | str
     splits: tuple[str, ...]
     evaluation: Evaluation
     num_words: int
     num_bytes: int
+    is_packed: bool = False
 
     def figures(self) -> dict[str, Any]:
         result = self.evaluation
         figures: dict[str, Any] = {"loss": result.loss, "perplexity": result.perplexity}
-        if self.num_words and self.num_bytes:
+        if self.num_words and self.num_bytes and not self.is_packed:
             figures["perplexity_per_word"] = result.perplexity_per_word(self.num_words)
             figures["bits_per_byte"] = result.bits_per_byte(self.num_bytes)
         if result.loss_by_source:
@@ -128,9 +132,10 @@ def evaluate_run(
     return EvaluationReport(
         ", ".join(dict.fromkeys(str(dataset.path) for dataset in datasets)),
         tuple(dict.fromkeys(dataset.split for dataset in datasets)),
-        Evaluation.of_all(results),
+        Evaluation.of_all(results) if len(results) > 1 else next(iter(results.values())),
         sum(dataset.num_words_text for dataset in datasets),
         sum(dataset.num_bytes_text for dataset in datasets),
+        any(dataset.packed_seq_len for dataset in datasets),
     )
 
 

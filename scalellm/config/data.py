@@ -20,7 +20,7 @@ class MixedDataset(Section):
     """One dataset of a mixture."""
 
     path: Location = setting(..., "dataset folder written by `scalellm prepare`, or its URL")
-    weight: float = setting(1.0, "share of the rows, relative to the others'", ge=0)
+    weight: float = setting(1.0, "share of the rows, relative to the others'", ge=0, le=1e9)
 
 
 class StageConfig(Section):

@@ -102,6 +102,10 @@ class PrepareOptions:
                 f"ray_address={self.ray_address!r} has no use with engine={self.engine!r}; set "
                 "engine=ray"
             )
+        if "://" in self.tokenizer:
+            raise UserError(
+                f"tokenizer={self.tokenizer!r} is a URL: copy the file, or the dataset's folder"
+            )
         check_deduplicable(self.refine)
         check_encoding_name(self.encoding)
         if self.trains_tokenizer:

@@ -22,22 +22,29 @@ from scalellm.data.reader import TokenDataset
 from scalellm.errors import ConfigError, DataError
 
 PERIOD = 4096
+MAX_WEIGHT = 1e9
 
 
-def shares(weights: Mapping[str, float]) -> dict[str, int]:
+def shares(weights: Mapping[str, float], where: str = "the mixture") -> dict[str, int]:
     """Returns how many of `PERIOD` rows each name gets: largest remainders, the sum is exact.
 
+    Args:
+        weights: by name, from 0 to `MAX_WEIGHT`.
+        where: they come from, for the errors.
+
     Raises:
-        ConfigError: a weight that is no positive number, or too small to get a row.
+        ConfigError: a weight out of range, none above 0, or one too small to get a row.
     """
     for name, weight in weights.items():
-        if not (math.isfinite(weight) and weight >= 0):
+        if not 0 <= weight <= MAX_WEIGHT:
             raise ConfigError(
-                f"the weight of {name!r} is {weight}; it must be a number of 0 or more"
+                f"{where}: the weight of {name!r} is {weight}; it must be from 0 to {MAX_WEIGHT:g}"
             )
     total = math.fsum(weights.values())
     if not total > 0:
-        raise ConfigError(f"no weight of {', '.join(weights)} is above 0; give one to a dataset")
+        raise ConfigError(
+            f"{where}: no weight of {', '.join(weights)} is above 0; give one to a dataset"
+        )
     exact = {name: weight / total * PERIOD for name, weight in weights.items()}
     units = {name: int(value) for name, value in exact.items()}
     by_remainder = sorted(exact, key=lambda name: units[name] - exact[name])
@@ -46,14 +53,18 @@ def shares(weights: Mapping[str, float]) -> dict[str, int]:
     for name, weight in weights.items():
         if weight and not units[name]:
             raise ConfigError(
-                f"the weight of {name!r} is {weight / total:.2g} of all, less than one row in "
-                f"{PERIOD}; raise it or leave the dataset out"
+                f"{where}: the weight of {name!r} is {weight / total:.2g} of all, less than one "
+                f"row in {PERIOD}; raise it or leave the dataset out"
             )
     return units
 
 
 class Pattern:
-    """Who has which row of a period.
+    """Who has which row of a period: at every row each dataset is less than one row off its share.
+
+    Tijdeman 1980, "The chairman assignment problem": of those that are behind by 1 / (2 S - 2) rows
+    or more, the one that would be a whole row behind soonest. Sums are whole numbers, so every
+    machine gives the same pattern.
 
     Attributes:
         source_of: (PERIOD,) the dataset's number of each row.
@@ -61,10 +72,7 @@ class Pattern:
     """
 
     def __init__(self, units: Sequence[int]) -> None:
-        # Each dataset's k-th row is due at the middle of the k-th of its U equal parts.
-        due = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in units])
-        source = np.repeat(np.arange(len(units)), units)
-        self.source_of = source[np.lexsort((source, due))]
+        self.source_of = _spread(np.asarray(units, np.int64))
         self.slots = [np.flatnonzero(self.source_of == number) for number in range(len(units))]
 
     def count(self, source: int, num_rows: int) -> int:
@@ -72,6 +80,25 @@ class Pattern:
         periods, rest = divmod(num_rows, PERIOD)
         slots = self.slots[source]
         return periods * len(slots) + int(np.searchsorted(slots, rest))
+
+
+def _spread(units_S: np.ndarray) -> np.ndarray:
+    """Returns which dataset has each row: (PERIOD,) int64."""
+    used = np.flatnonzero(units_S)
+    units = units_S[used]
+    scale = max(2 * len(units) - 2, 1)
+    # How far each is behind its share, in rows / (scale * PERIOD).
+    behind = np.zeros(len(units), np.int64)
+    source_of = np.empty(PERIOD, np.int64)
+    for row in range(PERIOD):
+        behind += units * scale
+        # Rows until it is a whole row behind, if it gets none: the fewest first.
+        left = ((scale - 1) * PERIOD - behind) / units
+        left[behind < PERIOD] = np.inf
+        chosen = int(np.argmin(left))
+        behind[chosen] -= scale * PERIOD
+        source_of[row] = used[chosen]
+    return source_of
 
 
 @dataclass(frozen=True)

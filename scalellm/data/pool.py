@@ -62,7 +62,8 @@ def ordered_map(
     pending: deque[Future[Out]] = deque()
     try:
         for item in (item for part in (first, iterator) for item in part):
-            pending.append(executor.submit(function, item))
+            with _interrupts_held():  # a worker is born deaf to them: its imports take a second
+                pending.append(executor.submit(function, item))
             if len(pending) >= _AHEAD_PER_WORKER * num_workers:
                 yield pending.popleft().result()
         while pending:
@@ -71,6 +72,16 @@ def ordered_map(
         raise _died("a worker process") from None
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until the end of this block; processes started in it never hear it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def call_in_process(function: Callable[..., Out], *args: Any) -> Out:
@@ -83,7 +94,8 @@ def call_in_process(function: Callable[..., Out], *args: Any) -> Out:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_call, args=(sender, function, args), daemon=True)
-    process.start()
+    with _interrupts_held():
+        process.start()
     sender.close()
     try:
         done, value = receiver.recv()

@@ -29,14 +29,16 @@ from scalellm.data.encode_job import Encode, Encoded, SplitTexts
 from scalellm.data.format import FRAME_TOKENS
 from scalellm.data.packing import PackedSplit
 from scalellm.data.pool import call_in_process, ordered_map, sigterm_as_interrupt
-from scalellm.data.prepare_checks import find_made, no_text, refuse_unwritable
+from scalellm.data.prepare_checks import find_made, make_index, no_text, refuse_unwritable
 from scalellm.data.prepare_report import PrepareReport, SplitReport
 from scalellm.data.refine import Refined, key_of, refine
 from scalellm.data.split import TRAIN, VALIDATION, TextSample
 from scalellm.data.spool import WorkFolder
+from scalellm.data.staging import DiskError
 from scalellm.data.tokenizer import Tokenizer, load_tokenizer
 from scalellm.data.tokenizer_training import sample_bytes, train_tokenizer
 from scalellm.data.writer import DatasetWriter
+from scalellm.errors import UserError
 
 __all__ = ["PrepareOptions", "PrepareReport", "prepare"]
 
@@ -65,6 +67,8 @@ def prepare(options: PrepareOptions, *, progress: bool = True) -> PrepareReport:
     if reused is not None:
         return reused
     refuse_unwritable(options.out)
+    if options.dedup is not None and options.dedup.index is not None:
+        make_index(options.dedup.index)
     with (
         sigterm_as_interrupt(),
         tempfile.TemporaryDirectory(prefix="scalellm-") as scratch,
@@ -88,9 +92,8 @@ def _refined(
     if not options.refine.is_on:
         yield None
         return
-    key = key_of(corpus.made_from)
-    work = WorkFolder(options.out, key)
-    remove = True
+    work = WorkFolder(options.out, key_of(corpus.made_from))
+    keep = True
     try:
         tally = Tally()
         num_workers = options.num_workers or _cores()
@@ -101,15 +104,22 @@ def _refined(
                 options.refine,
                 work,
                 num_workers,
-                run_key=key,
+                # Prepared again in whatever way, a dataset is no duplicate of what it was.
+                run_key=str(options.out.resolve()),
                 progress=bar,
             )
         yield refined
-    except KeyboardInterrupt:
-        remove = work.mark() is None
+        keep = False
+    except DiskError as error:
+        if work.mark() is None:
+            raise
+        kept = f"{error}; what was cleaned stays in {work.path} for the next try"
+        raise DiskError(kept) from None
+    except UserError:
+        keep = False
         raise
     finally:
-        work.close(remove=remove)
+        work.close(remove=not keep or work.mark() is None)
 
 
 def _texts(corpus: Corpus, refined: Refined | None) -> Texts:
@@ -246,9 +256,9 @@ def _encode(
             deduplication=None if refined is None else refined.duplicates,
             packing=None if packed is None else packed.report(),
         )
+        writer.finish({"made_from": corpus.made_from} | report.to_extra())
         if refined is not None:
             refined.keep()
-        writer.finish({"made_from": corpus.made_from} | report.to_extra())
     return report
 
 
@@ -291,7 +301,9 @@ def _notes(
         )
     if unknown_tokens:
         yield f"{unknown_tokens:,} tokens stand for characters the tokenizer does not know"
-    if VALIDATION not in splits and options.val_fraction > 0:
+    if VALIDATION not in splits and options.validation_sources:
+        yield "there is no validation split: nothing of --validation-source was left"
+    elif VALIDATION not in splits and options.val_fraction > 0:
         yield "there is no validation split: a single text of one character cannot be cut"
 
 

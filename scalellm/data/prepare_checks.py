@@ -13,6 +13,7 @@ from scalellm.data.documents import Tally
 from scalellm.data.format import MANIFEST, load_manifest
 from scalellm.data.prepare_report import PrepareReport
 from scalellm.data.refine import Refined
+from scalellm.data.spool import remove_work
 from scalellm.errors import DataError
 
 _MENDED = "replace it with --overwrite, or give another --out"
@@ -39,6 +40,7 @@ def find_made(options: PrepareOptions, made_from: dict[str, Any]) -> PrepareRepo
     names = (*wanted, *(name for name in found if name not in wanted))
     changed = [name for name in names if found.get(name) != wanted.get(name)]
     if not changed:
+        remove_work(out)
         return PrepareReport.of_dataset(out, manifest)
     if changed == ["fingerprints"]:
         raise DataError(f"{out} was prepared before its sources changed; {_MENDED}")
@@ -65,6 +67,16 @@ def _differences(name: str, before: Any, now: Any) -> Iterator[tuple[str, Any, A
         )
     else:
         yield name, before, now
+
+
+def make_index(folder: Path) -> None:
+    """Makes the folder that is written last, so that it does not fail then."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"dedup.index={folder} cannot be made: {error.strerror}; give another folder"
+        ) from None
 
 
 def refuse_unwritable(out: Path) -> None:

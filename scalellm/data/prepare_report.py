@@ -102,6 +102,11 @@ class PrepareReport:
                 f"duplicates removed: {found['exact']:,} exact and {found['near']:,} near, of "
                 f"{found['documents']:,} documents"
             )
+            if found["stay_to_validate"]:
+                yield (
+                    f"  but {found['stay_to_validate']:,} that earlier runs have stay, to be "
+                    "validated on"
+                )
             for example in found["examples"]:
                 yield f"  {example['removed']} (stays: {example['kept']})"
         packed = self.packing

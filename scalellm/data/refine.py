@@ -23,6 +23,7 @@ from scalellm.data.dedup import Deduplicator, Fingerprints, fingerprints
 from scalellm.data.documents import Document, Tally
 from scalellm.data.pool import ordered_map
 from scalellm.data.refine_options import RefineOptions
+from scalellm.data.split import VALIDATION
 from scalellm.data.spool import WorkFolder
 
 _BATCH_CHARS = 1 << 20
@@ -69,7 +70,7 @@ class Refined:
         self._origins: dict[int, str] = {}
         self._pairs: list[tuple[int, int]] = []
         if search is not None:
-            self._find(search)
+            self._find(search, notes["validation_documents"])
 
     def texts(self) -> Iterator[tuple[str, str]]:
         """Yields (split, text) of every document that stays."""
@@ -99,16 +100,20 @@ class Refined:
         if self._search is not None:
             self._search.keep()
 
-    def _find(self, search: Deduplicator) -> None:
+    def _find(self, search: Deduplicator, num_validation: int) -> None:
         found = search.find()
         self._removed_N = found.removed_N
-        removed = np.flatnonzero(found.removed_N)[:_NUM_EXAMPLES].tolist()
+        # What is validated on, run after run, is no duplicate of itself; what is trained on is.
+        stays_V = self._removed_N[:num_validation] & (found.duplicate_of_N[:num_validation] < 0)
+        self._removed_N[:num_validation] &= ~stays_V
+        removed = np.flatnonzero(self._removed_N)[:_NUM_EXAMPLES].tolist()
         self._pairs = [(number, int(found.duplicate_of_N[number])) for number in removed]
         self.search_peak_bytes = found.peak_bytes
         self.duplicates = {
             "documents": len(found.removed_N),
             "exact": found.exact,
             "near": found.near,
+            "stay_to_validate": int(np.count_nonzero(stays_V)),
         }
 
 
@@ -162,7 +167,7 @@ def _clean(
     search: Deduplicator | None,
     progress: Any,
 ) -> dict[str, Any]:
-    report, count, too_short = CleanReport(), 0, 0
+    report, count, too_short, num_validation = CleanReport(), 0, 0, 0
     texts = work.texts_writer()
     try:
         with closing(_refined(documents, options, num_workers)) as batches:
@@ -171,12 +176,14 @@ def _clean(
                 texts.add(batch.records)
                 _add(search, batch)
                 count += len(batch.records)
+                num_validation += sum(split == VALIDATION for split, _, _ in batch.records)
                 too_short += batch.too_short
                 progress.update(sum(len(text) for _, _, text in batch.records))
         if too_short:
             tally.dropped[_TOO_SHORT] += too_short
         notes = {
             "documents": count,
+            "validation_documents": num_validation,
             "dropped": dict(tally.dropped),
             "encodings": dict(tally.encodings),
             "cleaning": report.to_dict() if options.clean is not None else None,
@@ -243,6 +250,11 @@ def _refine_batch(batch: list[SplitDocument]) -> _Batch:
     return _Batch(records, report, found, too_short)
 
 
+# What of `made_from` decides nothing before the tokenizer.
+_LATER = ("tokenizer", "vocab_size", "pack", "val_fraction", "seed")
+
+
 def key_of(made_from: dict[str, Any]) -> str:
-    """Returns a name for all that decides the texts: sources, options, versions of the stages."""
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    """Returns a name for all that decides the texts that are left: sources and options."""
+    fields = {name: value for name, value in made_from.items() if name not in _LATER}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

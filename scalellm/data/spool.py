@@ -12,6 +12,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,18 @@ _MARK, _TEXTS, _LOCK = "mark.json", "texts.zst", "scalellm-work.lock"
 Record = tuple[str, str, str]
 
 
+def work_path(out: Path) -> Path:
+    real = Path(os.path.realpath(out))
+    return real.with_name(f"{real.name}.work")
+
+
+def remove_work(out: Path) -> None:
+    """Removes what a process left that was killed after the dataset was done."""
+    if (work_path(out) / _LOCK).is_file():
+        with suppress(DataError):
+            WorkFolder(out, "").close(remove=True)
+
+
 class WorkFolder:
     """`OUT.work` beside a dataset that is being made; removed when it is done.
 
@@ -39,8 +52,7 @@ class WorkFolder:
     """
 
     def __init__(self, out: Path, key: str) -> None:
-        real = Path(os.path.realpath(out))
-        self.path, self._key = real.with_name(f"{real.name}.work"), key
+        self.path, self._key = work_path(out), key
         with disk_errors(self.path):
             if self.path.exists() and not (self.path / _LOCK).is_file():
                 raise DataError(

@@ -21,6 +21,10 @@ _YOUNG_S = 60.0
 _OWN: set[Path] = set()
 
 
+class DiskError(DataError):
+    """The disk is full, or will not be written to: nothing that the sources or options say."""
+
+
 class StagedDirectory:
     """A temporary directory `target.tmp-...` that `commit()` renames to `target`.
 
@@ -134,7 +138,7 @@ def disk_errors(path: Path, needed_bytes: int = 0) -> Iterator[None]:
         yield
     except OSError as error:
         what = f"{needed_bytes} bytes to {path}" if needed_bytes else str(error.filename or path)
-        raise DataError(
+        raise DiskError(
             f"cannot write {what}: {error.strerror} ({_free_bytes(path)} bytes free); make room or "
             "give a directory on another disk"
         ) from None

@@ -85,7 +85,9 @@ def _train_words(row: Row) -> str:
 
 
 def _eval_words(row: Row) -> str:
+    parts = (f"{name} {loss:.4f}" for name, loss in row.get("loss_by_source", {}).items())
+    of_each = ", ".join(parts)
     return (
         f"step {row['step']}  validation loss {row['loss']:.4f} nats/token  "
-        f"perplexity {row['perplexity']:.2f}"
+        f"perplexity {row['perplexity']:.2f}" + (f"  ({of_each})" if of_each else "")
     )

@@ -52,10 +52,21 @@ def _plot_loss(axes: Any, steps: list[Row], evals: list[Row]) -> None:
             markersize=4,
             label=f"validation loss, at last {last['loss']:.3f}",
         )
+    _plot_sources(axes, evals)
     axes.set_ylabel("loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _plot_sources(axes: Any, evals: list[Row]) -> None:
+    """Each dataset of a mixture, thin and dashed."""
+    names = dict.fromkeys(name for row in evals for name in row.get("loss_by_source", {}))
+    for name in names:
+        points = [(r["step"], r["loss_by_source"][name]) for r in evals if "loss_by_source" in r]
+        axes.plot(
+            *zip(*points, strict=True), "--", linewidth=1, label=f"{name} {points[-1][1]:.3f}"
+        )
 
 
 def _plot_learning_rate(axes: Any, steps: list[Row]) -> None:

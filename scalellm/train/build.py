@@ -137,7 +137,7 @@ def _build(
         guard=NonFiniteGuard(config.train.max_nonfinite_steps),
         session=session,
         profiler=Profiler(config, world),
-        sources=SourceMeter(mixture.names),
+        sources=SourceMeter(mixture),
     )
     stack.callback(run.profiler.close)
     if source is not None:

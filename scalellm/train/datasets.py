@@ -34,15 +34,18 @@ def open_mixture(config: Config) -> data.Mixture:
     weights = {name: dataset.weight for name, dataset in (config.data.mix or {}).items()}
     weights = weights or {ALONE: 1.0}
     seq_len = config.model.seq_len
-    stages = [data.Stage(0, seq_len, tuple(data.shares(weights).values()))]
-    for stage in config.data.stages:
+    # By their first row, so that a stage from step 1 takes the place of what data.mix says.
+    parts = {0: ("data.mix", seq_len, weights)}
+    for number, stage in enumerate(config.data.stages):
         if stage.weights is not None:
             weights = {name: stage.weights.get(name, 0.0) for name in datasets}
         seq_len = stage.seq_len or seq_len
         start_row = (stage.from_step - 1) * config.train.global_batch_size
-        if start_row == 0:
-            stages.clear()
-        stages.append(data.Stage(start_row, seq_len, tuple(data.shares(weights).values())))
+        parts[start_row] = (f"data.stages.{number}", seq_len, weights)
+    stages = [
+        data.Stage(start_row, seq_len, tuple(data.shares(weights, where).values()))
+        for start_row, (where, seq_len, weights) in parts.items()
+    ]
     return data.Mixture(datasets, tuple(stages))
 
 
@@ -113,6 +116,8 @@ def make_evaluator(
         )
         return evaluate(strategy, batches)
 
+    if config.data.mix is None:
+        return lambda: measure(datasets[ALONE])
     return lambda: Evaluation.of_all({name: measure(one) for name, one in datasets.items()})
 
 
@@ -123,8 +128,9 @@ class SourceMeter:
         tokens: targets so far by dataset, of all ranks.
     """
 
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self._names = () if names == (ALONE,) else names
+    def __init__(self, mixture: data.Mixture) -> None:
+        self._names = () if mixture.is_plain else mixture.names
+        self._names = () if self._names == (ALONE,) else self._names
         self.tokens = dict.fromkeys(self._names, 0)
         self._sums_2S = torch.zeros(2, len(self._names), dtype=torch.float64)
 
@@ -136,6 +142,15 @@ class SourceMeter:
         counts_B = (batch.targets_BT != IGNORED_TARGET).sum(1)
         rows_2B = torch.stack([batch.row_losses.losses_B.double(), counts_B.double()])
         self._sums_2S = self._sums_2S.to(rows_2B.device).index_add(1, batch.sources_B, rows_2B)
+
+    def state(self) -> list[int]:
+        """The counts in the order of the datasets: a name may change, its dataset may not."""
+        return list(self.tokens.values())
+
+    def load(self, state: list[int]) -> None:
+        """Goes on from `state`; one of another number of datasets is passed over."""
+        if len(state) == len(self._names):
+            self.tokens = dict(zip(self._names, state, strict=True))
 
     def take(self) -> list[float]:
         """Returns this rank's losses and counts of the step, to be summed over ranks."""

@@ -96,13 +96,14 @@ def _train_step(run: Run, stop: StopSignal) -> tuple[Row, bool]:
     clock.lap("data_wait_s")
     step, strategy, device = run.step + 1, run.strategy, run.world.device
     target_tokens = global_targets(batch, device)
+    divisor = max(1, target_tokens)  # packed rows may hold one token each, and no target
     _seed_step(run.config.run.seed, step, run.world.rank)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for micro_batch, is_last in micro_batches(batch, run.micro_batch_size, device):
         with strategy.micro_step(is_last):
             loss = strategy.forward(micro_batch)
             clock.lap("forward_s")
-            strategy.backward(loss, target_tokens)
+            strategy.backward(loss, divisor)
         loss_sum += loss.detach()
         run.sources.add(micro_batch)
         clock.lap("backward_s")
@@ -122,7 +123,7 @@ def _train_step(run: Run, stop: StopSignal) -> tuple[Row, bool]:
     row: Row = {
         "kind": "train",
         "step": step,
-        "loss": global_loss_sum / target_tokens,
+        "loss": global_loss_sum / divisor,
         "grad_norm": result.grad_norm,
         "learning_rate": rate,
         "skipped": int(result.skipped),

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scalellm import checkpoint, data
-from scalellm.config import ModelConfig
+from scalellm.config import Config, ModelConfig
 from scalellm.dist import World, barrier
 from scalellm.errors import CheckpointError, ConfigError, DataError
 from scalellm.train.folder import RunFolder, tokenizer_sha256
@@ -36,7 +36,7 @@ class _Meta(_Strict):
     """What `save_run` leaves beside the tensors."""
 
     tokens: int = Field(ge=0)
-    tokens_by_source: dict[str, int] = {}
+    tokens_by_source: list[int] = []
     cursor: dict[str, Any]
     model: dict[str, Any]
     early_stopping: _EarlyStoppingState
@@ -76,7 +76,7 @@ def save_run(folder: RunFolder, saver: checkpoint.Saver, run: Run) -> None:
     assert run.cursor is not None
     meta = {
         "tokens": run.tokens,
-        "tokens_by_source": run.sources.tokens,
+        "tokens_by_source": run.sources.state(),
         "cursor": run.cursor.to_dict(),
         "model": run.config.model.model_dump(mode="json"),
         "tokenizer_sha256": tokenizer_sha256(folder.path),
@@ -98,15 +98,7 @@ def load_run_state(
     meta = _read_meta(source)
     cursor = data.Cursor.from_dict(meta.cursor)
     if cursor.fingerprint != mixture.fingerprint:
-        if mixture.is_plain:
-            other, fix = "another dataset", "data.path to that dataset"
-        else:
-            other, fix = "another mixture", "data.mix, data.stages and the batch size to that run's"
-        raise DataError(
-            f"{source.path} was trained on {other} than {run.config.data.where} (fingerprint "
-            f"{cursor.fingerprint[:12]}, not {mixture.fingerprint[:12]}); set {fix}, or start a "
-            "new run in another run.dir"
-        )
+        raise DataError(_other_data(run.config, source, cursor, mixture))
     if source.step > run.config.train.steps:
         raise ConfigError(
             f"{source.path} is of step {source.step}, beyond train.steps="
@@ -119,11 +111,30 @@ def load_run_state(
     if source.path.resolve().parent == folder.checkpoints.resolve():
         run.saved_step = source.step
     run.tokens = meta.tokens
-    run.sources.tokens |= meta.tokens_by_source
+    run.sources.load(meta.tokens_by_source)
     run.cursor = cursor
     run.early_stopping.load(meta.early_stopping.model_dump())
     run.guard.in_a_row = meta.nonfinite_in_a_row
     run.strategy.loss_scale.load(meta.loss_scale.model_dump())
+
+
+def _other_data(
+    config: Config, source: checkpoint.Checkpoint, cursor: data.Cursor, mixture: data.Mixture
+) -> str:
+    of_one = [one for one in mixture.datasets.values() if one.fingerprint == cursor.fingerprint]
+    if of_one:
+        how = f"on {of_one[0].path} alone, without data.mix and data.stages; leave them out"
+    elif mixture.is_plain:
+        how = f"on another dataset than {config.data.where}; set data.path to that dataset"
+    else:
+        how = (
+            f"on another mixture than {config.data.where}; set data.mix, data.stages and "
+            "train.global_batch_size to that run's"
+        )
+    return (
+        f"{source.path} was trained {how} (fingerprint {cursor.fingerprint[:12]}, here "
+        f"{mixture.fingerprint[:12]}), or start a new run in another run.dir"
+    )
 
 
 def _read_meta(source: checkpoint.Checkpoint) -> _Meta:

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from scalellm.data import DatasetWriter, TokenDataset, TokenStream, evaluation_batches
 from scalellm.data.format import MANIFEST
 from scalellm.data.packing import MAX_WASTE, Packer
+from scalellm.data.tools.inspect import InspectOptions, inspect_dataset
+from scalellm.data.tools.verify import verify_dataset
 from scalellm.errors import DataError
 
 EOS = 0
@@ -206,6 +208,36 @@ def test_ranks_share_the_rows(tmp_path: Path) -> None:
             stream.close()
     for world_size in (2, 4):
         np.testing.assert_array_equal(found[1], found[world_size])
+
+
+def test_the_tools_know_what_a_row_is(tmp_path: Path) -> None:
+    path = Path(write_packed(tmp_path / "d", LENGTHS, 64).path)
+    assert verify_dataset(path, progress=False).damage == ()
+    figures = inspect_dataset(InspectOptions(str(path)), progress=False).figures
+    split = figures["splits"]["train"]
+    assert split["packed_seq_len"] == 64 and split["lengths"]["longest"] == 64
+    assert split["pieces"] == split["lengths"]["documents"] >= 400
+
+
+def test_a_row_that_lies_is_found(tmp_path: Path) -> None:
+    rows = pack(LENGTHS, 64)[1]
+    with DatasetWriter(
+        tmp_path / "d",
+        vocab_size=1000,
+        eos_id=EOS,
+        tokenizer_file=None,
+        tokenizer_kind="none",
+        frame_tokens=256,
+        shard_tokens=768,
+    ) as writer:
+        for number, (tokens, ends) in enumerate(rows):
+            tokens = np.where(tokens == EOS, EOS, tokens % 977 + 1)
+            if number == 5:
+                tokens[-1], ends = 7, [1]
+            writer.add_row("train", tokens, ends)
+        writer.finish()
+    [problem] = verify_dataset(tmp_path / "d", progress=False).damage
+    assert "frame 1 has a row at token 64 with ids behind the end of its last document" in problem
 
 
 def test_another_length_is_refused_with_the_fix(tmp_path: Path) -> None:

@@ -164,6 +164,49 @@ def test_what_is_validated_on_is_not_trained_on(
     assert essay(7) not in texts and near(essay(7)) in texts
 
 
+def test_a_validation_set_stays_the_same_in_every_run(
+    options: PrepareOptions, tmp_path: Path
+) -> None:
+    held, later = tmp_path / "held", tmp_path / "later"
+    for folder, text in ((held, essay(600)), (later, essay(601))):
+        folder.mkdir()
+        (folder / "a.txt").write_text(text)
+    (later / "b.txt").write_text(near(essay(600)))
+    (later / "c.txt").write_text(essay(602))
+    dedup = DedupOptions(index=tmp_path / "index")
+    first = replace(options, dedup=dedup, validation_sources=(str(held),))
+    prepare(first, progress=False)
+    report = prepare(replace(first, sources=(str(later),), out=tmp_path / "second"), progress=False)
+    assert report.splits["validation"].documents == 1
+    assert report.splits["train"].documents == 2  # what nearly equals it is not trained on
+    assert report.deduplication is not None and report.deduplication["stay_to_validate"] == 1
+    assert "1 that earlier runs have stay, to be validated on" in str(report)
+
+
+def test_prepared_again_it_is_no_duplicate_of_what_it_was(
+    options: PrepareOptions, source: Path, tmp_path: Path
+) -> None:
+    first = replace(options, dedup=DedupOptions(index=tmp_path / "index"))
+    assert prepare(first, progress=False).documents == 122
+    more = tmp_path / "more.txt"
+    more.write_text(essay(700))
+    grown = replace(first, sources=(str(source), str(more)), overwrite=True)
+    assert prepare(grown, progress=False).documents == 123
+    other = replace(grown, vocab_size=100)
+    assert prepare(other, progress=False).documents == 123
+    elsewhere = replace(other, out=tmp_path / "elsewhere", overwrite=False)
+    with pytest.raises(DataError, match=r"no text to train on.*duplicates 127"):
+        prepare(elsewhere, progress=False)
+    assert "elsewhere.work" not in beside(options.out)
+
+
+def test_an_index_that_cannot_be_written_is_found_before_the_work(options: PrepareOptions) -> None:
+    dedup = DedupOptions(index=Path("/proc/nothing/index"))
+    with pytest.raises(DataError, match=r"dedup\.index=/proc.* cannot be made"):
+        prepare(replace(options, dedup=dedup), progress=False)
+    assert beside(options.out) == []
+
+
 def test_duplicates_of_earlier_runs(options: PrepareOptions, tmp_path: Path) -> None:
     dedup = DedupOptions(index=tmp_path / "index")
     first = replace(options, dedup=dedup)
@@ -240,18 +283,16 @@ def test_killed_at_any_stage_it_finishes_with_the_same_bytes(
     monkeypatch.setattr(refine, "_clean", lambda *args: cleaned.append(1) or original(*args))
     prepare(options, progress=False)
     assert files_of(options.out) == files_of(undisturbed.out)
-    if stage == "removing the work":
-        prepare(replace(options, overwrite=True), progress=False)
-    else:
+    if stage != "removing the work":
         assert bool(cleaned) == (stage in ("while cleaning", "before the mark"))
     assert beside(options.out) == ["a"]
 
 
-@pytest.mark.parametrize("size", ["80k", "160k", "400k"])
+@pytest.mark.parametrize("size", ["8k", "80k", "160k", "200k"])
 def test_a_disk_that_fills_is_one_sentence_and_then_it_goes_on(
     options: PrepareOptions, tmp_path: Path, size: str
 ) -> None:
-    """Full while cleaning, while searching, while encoding: nothing is left, room mends it."""
+    """Full while cleaning, while searching, while encoding: nothing is lost, room mends it."""
     undisturbed = replace(options, out=tmp_path / "a" / "out")
     prepare(undisturbed, progress=False)
     small = tmp_path / "small"
@@ -261,12 +302,13 @@ def test_a_disk_that_fills_is_one_sentence_and_then_it_goes_on(
         pytest.skip("mounting a tiny file system needs root")
     try:
         tight = replace(options, out=small / "out")
-        if size != "400k":
-            with pytest.raises(DataError, match=r"cannot write .*No space left.*make room"):
-                prepare(tight, progress=False)
-            assert list(small.iterdir()) == []
-            subprocess.run(["mount", "-o", "remount,size=8m", str(small)], check=True)
+        with pytest.raises(DataError, match=r"cannot write .*No space left.*make room") as caught:
+            prepare(tight, progress=False)
+        kept = [path.name for path in small.iterdir()]
+        assert kept == (["out.work"] if "was cleaned stays in" in str(caught.value) else [])
+        subprocess.run(["mount", "-o", "remount,size=8m", str(small)], check=True)
         prepare(tight, progress=False)
+        assert [path.name for path in small.iterdir()] == ["out"]
         assert files_of(tight.out) == files_of(undisturbed.out)
     finally:
         subprocess.run(["umount", str(small)], check=True)

@@ -95,14 +95,15 @@ def test_other_megatron_files(tmp_path: Path, megatron: Path) -> None:
 @pytest.mark.parametrize("value", [-1, 1000, 2**31 - 1])
 def test_ids_outside_the_vocabulary_are_named(tmp_path: Path, value: int) -> None:
     source = write_megatron(tmp_path / "in", [[[1, 2]], [[3, value, 4]]], "int32")
-    refuses(source, f"document 1 holds token id {value}, outside the vocabulary of 1000 ids")
+    words = "the negative token id -1" if value < 0 else f"token id {value}, outside the vocabulary"
+    refuses(source, f"document 1 holds {words}")
 
 
 def test_an_id_beyond_every_vocabulary_is_named_by_the_scan(tmp_path: Path) -> None:
     source = write_megatron(tmp_path / "in", [[[1, 2**40]]], "int64")
     refuses(source, "token id 1099511627776, the limit is", vocab_size=None)
     negative = write_megatron(tmp_path / "negative", [[[1, -5]]], "int64")
-    refuses(negative, "document 0 holds token id -5", vocab_size=None)
+    refuses(negative, "document 0 holds the negative token id -5", vocab_size=None)
 
 
 def test_flat_files(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from scalellm.data.prepare import PrepareOptions, prepare
 from scalellm.dist import World
 from scalellm.errors import ConfigError, DataError
 from scalellm.metrics import read_rows
+from scalellm.report import draw_loss
 from scalellm.train import run_training
 from scalellm.train.datasets import open_mixture, open_stream
 
@@ -68,7 +69,9 @@ def of_kind(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["kind"] == kind]
 
 
-def test_the_losses_of_the_datasets_make_up_the_loss(mixed: Values, tmp_path: Path) -> None:
+def test_the_losses_of_the_datasets_make_up_the_loss(
+    mixed: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = run(mixed, tmp_path / "r", eval={"every_steps": 3}, metrics={"tensorboard": True})
     trained = of_kind(rows, "train")
     seen = {"code": 0, "words": 0}
@@ -83,6 +86,8 @@ def test_the_losses_of_the_datasets_make_up_the_loss(mixed: Values, tmp_path: Pa
         assert set(row["loss_by_source"]) == {"code", "words"}
     last = of_kind(rows, "eval")[-1]["loss_by_source"]
     assert last["words"] < last["code"]
+    assert f"(code {last['code']:.4f}, words {last['words']:.4f})" in capsys.readouterr().err
+    assert draw_loss(tmp_path / "r") is not None
 
 
 @pytest.mark.parametrize(
@@ -145,6 +150,43 @@ def test_resumed_under_another_world_size_across_a_stage(
         assert row["tokens_by_source"] == want["tokens_by_source"]
     stored = yaml.safe_load((parted / "config.yaml").read_text())["data"]
     assert Path(stored["mix"]["words"]["path"]).is_absolute()
+
+
+def test_a_mixture_of_one(mixed: Values, tmp_path: Path) -> None:
+    """It is its dataset: the same run, and nothing counted twice or as nothing."""
+    del mixed["data"]["mix"]["words"]
+    rows = run(mixed, tmp_path / "r")
+    assert "tokens_by_source" not in of_kind(rows, "train")[-1]
+    assert set(of_kind(rows, "eval")[-1]["loss_by_source"]) == {"code"}
+
+
+def test_a_name_may_change(mixed: Values, tmp_path: Path) -> None:
+    wanted = of_kind(run(mixed, tmp_path / "whole"), "train")[-1]["tokens_by_source"]
+    run({**mixed, "train": {**mixed["train"], "steps": 3}}, tmp_path / "r")
+    mixed["data"]["mix"] = {f"the_{name}": it for name, it in mixed["data"]["mix"].items()}
+    found = of_kind(run(mixed, tmp_path / "r", resume="auto"), "train")[-1]["tokens_by_source"]
+    assert found == {f"the_{name}": count for name, count in wanted.items()}
+
+
+def test_a_run_on_one_dataset_is_not_resumed_with_stages(mixed: Values, tmp_path: Path) -> None:
+    one = copy.deepcopy(mixed)
+    one["data"]["path"] = one["data"].pop("mix")["code"]["path"]
+    run(one, tmp_path / "r")
+    mixed["train"]["steps"] = 8
+    with pytest.raises(DataError, match=r"alone, without data\.mix and data\.stages; leave them"):
+        run(mixed, tmp_path / "r", resume="auto")
+
+
+def test_a_stage_from_the_first_step_takes_the_place_of_the_mix(mixed: Values) -> None:
+    for dataset in mixed["data"]["mix"].values():
+        dataset["weight"] = 0
+    with pytest.raises(ConfigError, match=r"data\.mix: no weight of code, words is above 0"):
+        open_mixture(parse_config(mixed))
+    mixed["data"]["stages"] = [{"from_step": 1, "weights": {"words": 1}}]
+    assert open_mixture(parse_config(mixed)).stages[0].units == (0, 4096)
+    mixed["data"]["stages"] += [{"from_step": 2, "weights": {"code": 0}}]
+    with pytest.raises(ConfigError, match=r"data\.stages\.1: no weight"):
+        open_mixture(parse_config(mixed))
 
 
 def test_another_mixture_is_not_resumed(mixed: Values, tmp_path: Path) -> None:

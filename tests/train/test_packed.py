@@ -117,7 +117,25 @@ def test_the_packed_split_can_be_evaluated(
     ) as stream:
         rows = dataset.num_tokens // 32
         targets = sum(int(b.num_targets_B[0]) for b, _ in itertools.islice(stream, rows))
-    assert f"{targets:,} tokens" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"{targets:,} tokens" in shown
+    # The first token of a row is not predicted, so nats and bytes are not of the same text.
+    assert "bits per byte" not in shown
+
+
+def test_rows_without_a_target_are_no_end(values: Values, tmp_path: Path) -> None:
+    """A text of two characters in rows of two tokens: a row may hold one token alone."""
+    source = tmp_path / "two.txt"
+    source.write_text("ab")
+    options = PrepareOptions(
+        (str(source),), tmp_path / "d", tokenizer="char", val_fraction=0, num_workers=1, pack=2
+    )
+    prepare(options, progress=False)
+    values["data"] |= {"path": str(tmp_path / "d")}
+    values["model"]["seq_len"] = 2
+    values["train"]["global_batch_size"] = 1
+    rows = run(values, tmp_path / "r")
+    assert min(row["loss"] for row in rows) == 0 and rows[-1]["tokens"] < 6
 
 
 def test_another_row_length_is_refused_before_anything_is_built(

@@ -178,7 +178,7 @@ def _rows(column: Any, path: Path, first_row: int) -> Iterator[np.ndarray]:
         raise DataError(f"{path}: row {row} is null; remove such rows first")
     values = column.flatten()
     if values.null_count:
-        raise DataError(f"{path}: a row after row {first_row - 1} has an id that is null; mend it")
+        raise DataError(f"{path}: a row from row {first_row} on has an id that is null; mend it")
     ids = values.to_numpy(zero_copy_only=False)
     lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
     ends = np.cumsum(lengths, dtype=np.int64).tolist()

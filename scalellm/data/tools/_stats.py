@@ -95,12 +95,22 @@ def read_stats(
         if len(ends):
             if last_stop != start:
                 last_end = previous_end(dataset, start)
-            stats.lengths.add(np.diff(ends, prepend=last_end))
+            stats.lengths.add(piece_lengths(dataset, ends, last_end))
             last_end, last_stop = int(ends[-1]), stop
         elif last_stop == start:
             last_stop = stop
         progress(len(ids))
     return stats
+
+
+def piece_lengths(dataset: TokenDataset, ends: np.ndarray, last_end: int) -> np.ndarray:
+    """Returns the lengths of the documents that end at `ends`, without the padding before them."""
+    starts = np.concatenate([[last_end], ends[:-1]])
+    if dataset.packed_seq_len is not None:
+        row_starts = (ends - 1) // dataset.packed_seq_len * dataset.packed_seq_len
+        starts = np.maximum(starts, row_starts)
+    lengths: np.ndarray = ends - starts
+    return lengths
 
 
 def runs(dataset: TokenDataset, max_tokens: int | None) -> Iterator[tuple[int, int]]:

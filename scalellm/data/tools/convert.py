@@ -152,6 +152,11 @@ class _Job:
         for part in parts:
             if len(part) and (int(part.min()) < 0 or int(part.max()) >= size):
                 wrong = int(part[np.flatnonzero((part < 0) | (part >= size))[0]])
+                if wrong < 0:
+                    raise DataError(
+                        f"{source}: document {number} holds the negative token id {wrong}; give "
+                        "the --dtype of the file, or mend it"
+                    )
                 raise DataError(
                     f"{source}: document {number} holds token id {wrong}, outside the vocabulary "
                     f"of {size} ids; give the --vocab-size or --tokenizer of what made it, or the "

@@ -110,12 +110,19 @@ def _counts(dataset: TokenDataset) -> dict[str, Any]:
     ids_bytes = dataset.num_tokens * dataset.dtype.itemsize
     stored_bytes = sum(shard.size_bytes for shard in shards)
     text_bytes = dataset.num_bytes_text
+    packing = dataset.manifest.extra.get("packing", {}) if dataset.packed_seq_len else {}
+    padding_tokens = int(packing.get("padding_tokens", 0))
     return {
-        "documents": dataset.num_documents,
+        "documents": packing.get("documents", dataset.num_documents),
+        "pieces": dataset.num_documents if dataset.packed_seq_len else None,
+        "packed_seq_len": dataset.packed_seq_len,
+        "padding_tokens": padding_tokens,
         "tokens": dataset.num_tokens,
         "text_bytes": text_bytes,
         "text_words": dataset.num_words_text,
-        "bytes_per_token": text_bytes / dataset.num_tokens if text_bytes else None,
+        "bytes_per_token": text_bytes / (dataset.num_tokens - padding_tokens)
+        if text_bytes
+        else None,
         "frames": sum(shard.num_frames for shard in shards),
         "shards": len(shards),
         "ids_bytes": ids_bytes,
@@ -201,6 +208,11 @@ def _split_lines(name: str, split: dict[str, Any]) -> Iterator[str]:
         f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens; frames "
         f"{split['frames']:,}, shards {split['shards']:,}"
     )
+    if split["packed_seq_len"]:
+        yield (
+            f"  packed into rows of {split['packed_seq_len']:,} tokens: {split['pieces']:,} pieces "
+            f"of documents, padding {split['padding_tokens'] / split['tokens']:.2%}"
+        )
     if split["bytes_per_token"] is None:
         yield "  text: unknown, the ids came without their text"
     else:
@@ -216,19 +228,20 @@ def _split_lines(name: str, split: dict[str, Any]) -> Iterator[str]:
     if split["tokens_read"] < split["tokens"]:
         share = split["tokens_read"] / split["tokens"]
         yield f"  what follows is of {split['tokens_read']:,} tokens, {share:.1%} of the split"
-    yield from _length_lines(split["lengths"])
+    what = "piece" if split["packed_seq_len"] else "document"
+    yield from _length_lines(split["lengths"], what)
     yield from _vocabulary_lines(split["vocabulary"], split["tokens_read"])
     for sample in split["samples"]:
         yield f"  sample at token {sample['first_token']:,}, {sample['tokens']:,} tokens long:"
         yield f"    {sample['text']}"
 
 
-def _length_lines(lengths: dict[str, Any]) -> Iterator[str]:
+def _length_lines(lengths: dict[str, Any], what: str) -> Iterator[str]:
     if not lengths["documents"]:
         yield "  no document ends in what was read"
         return
     yield (
-        f"  tokens per document: median {lengths['median']:,}, p90 {lengths['p90']:,}, "
+        f"  tokens per {what}: median {lengths['median']:,}, p90 {lengths['p90']:,}, "
         f"p99 {lengths['p99']:,}, longest {lengths['longest']:,}"
     )
     bins = lengths["bins"]

@@ -194,7 +194,8 @@ class _SplitCheck:
                     f"{self._path / shard.documents}: has {documents} document ends, the manifest "
                     f"says {shard.num_documents}"
                 )
-        if self._last_end != self._split.num_tokens:
+        padding = self._split.num_tokens - self._last_end
+        if not 0 <= padding < (self._split.packed_seq_len or 1):
             yield (
                 f"{self._path}: split {self._name!r} has its last document end at token "
                 f"{self._last_end}, the manifest says {self._split.num_tokens}"
@@ -226,15 +227,35 @@ class _SplitCheck:
             self._documents[shard] += len(ends)
             if len(ends):
                 self._last_end = max(self._last_end, start + int(ends[-1]))
+        where = f"{self._path / self._split.shards[shard].documents}: frame "
+        where += f"{frame - self._first_frames[shard]}"
+        if dataset.packed_seq_len is not None:
+            fault = row_fault(ids[: stop - start], ends, dataset.packed_seq_len, start, dataset)
+            return [f"{where} {fault}"] if fault else []
         open_ends = np.flatnonzero(ids[ends - 1] != dataset.eos_id)
         if not len(open_ends):
             return []
         end = int(ends[open_ends[0]])
         return [
-            f"{self._path / self._split.shards[shard].documents}: frame "
-            f"{frame - self._first_frames[shard]} ends a document at token {end}, where the id is "
-            f"{int(ids[end - 1])} and not the end of text {dataset.eos_id}"
+            f"{where} ends a document at token {end}, where the id is {int(ids[end - 1])} and not "
+            f"the end of text {dataset.eos_id}"
         ]
+
+
+def row_fault(
+    ids: np.ndarray, ends: np.ndarray, seq_len: int, start: int, dataset: TokenDataset
+) -> str:
+    """Says what is wrong with the packed rows that lie whole in a frame; "" if nothing is.
+
+    A piece of a document that was cut ends without an end of text, so that is not asked of ends.
+    """
+    for row in range(-start % seq_len, len(ids) - seq_len + 1, seq_len):
+        inside = ends[(ends > row) & (ends <= row + seq_len)]
+        if not len(inside):
+            return f"has a row at token {row} in which no document ends"
+        if np.count_nonzero(ids[int(inside[-1]) : row + seq_len] != dataset.eos_id):
+            return f"has a row at token {row} with ids behind the end of its last document"
+    return ""
 
 
 def _file_job(path: Path, name: str, size_bytes: int | None, sha256: str, *, counts: bool) -> _Job:
