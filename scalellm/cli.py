@@ -24,8 +24,13 @@ from scalellm.errors import (
     UserError,
     did_you_mean,
 )
+from scalellm.plan_command import plan
 
-COMMANDS = {**PLAIN_COMMANDS, "data": (data, "inspect, verify, diff or convert datasets")}
+COMMANDS = {
+    **PLAIN_COMMANDS,
+    "data": (data, "inspect, verify, diff or convert datasets"),
+    "plan": (plan, "what fits, how fast, before it is run"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,10 +21,10 @@ LAYERS = [
     {"strategies"},
     {"checkpoint", "evaluate", "generate"},
     {"train"},
-    {"inference", "reference", "parity", "export"},
+    {"inference", "reference", "parity", "export", "plan"},
     {"clusters"},
     {"commands"},
-    {"data_command"},
+    {"data_command", "plan_command"},
     {"cli"},
     {"__main__"},
 ]

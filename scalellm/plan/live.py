@@ -1,0 +1,219 @@
+"""Counts the bytes of tensors that are alive, operation by operation.
+
+A dispatch mode sees every operation and so every new tensor; what counts is its storage, once,
+until the storage is freed. It works the same on fake tensors, which have sizes and no memory.
+What a kernel allocates for itself and frees again inside one operation is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from scalellm.plan.types import CollectiveKind
+
+Kind = Literal["parameters", "optimizer", "gradients", "buffers", "activations", "temporary"]
+# Where two fit, the earlier one counts: a reduced gradient has been in a collective too.
+KINDS: tuple[Kind, ...] = (
+    "parameters",
+    "optimizer",
+    "gradients",
+    "buffers",
+    "activations",
+    "temporary",
+)
+_COLLECTIVES: dict[str, CollectiveKind] = {
+    "allgather": "all_gather",
+    "all_gather": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "allreduce": "all_reduce",
+    "all_reduce": "all_reduce",
+}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One collective; `payload_bytes` of the full tensor."""
+
+    kind: CollectiveKind
+    payload_bytes: int
+
+
+@dataclass(frozen=True)
+class _Change:
+    number: int
+    change_bytes: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What happened from one mark to the next, in bytes by kind relative to its start.
+
+    `peak` is the moment at which the counted kinds were most, `change` how it ended.
+    """
+
+    label: str
+    peak: Mapping[Kind, int]
+    change: Mapping[Kind, int]
+    traffic: tuple[Traffic, ...]
+
+
+class LiveBytes(TorchDispatchMode):
+    """A log of what is allocated and freed, in bytes; inside `FakeTensorMode`, enter it last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._log: list[_Change | Traffic | str] = []
+        self._sizes: dict[int, int] = {}
+        self._numbers: dict[int, int] = {}  # a storage's address, while it lives, to its number
+        self._watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._kinds: dict[int, Kind] = {}
+        self._last_number = 0
+
+    # -- what is seen -----------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.add(result)
+        name = func._schema.name
+        if "c10d" in name.partition("::")[0]:
+            self._add_collective(name.partition("::")[2], (args, kwargs, result))
+        return result
+
+    def add(self, tensors: Any) -> None:
+        """Begins to count the storages of tensors, in any nesting."""
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor):
+                self._number_of(tensor)
+
+    @contextmanager
+    def watching_resizes(self) -> Iterator[None]:
+        """Sees what FSDP frees and allocates again by changing the size of a storage."""
+        original = torch.UntypedStorage.resize_
+
+        def resize_(storage: torch.UntypedStorage, size_bytes: int) -> Any:
+            result = original(storage, size_bytes)
+            number = self._numbers.get(storage._cdata)
+            if number is not None:
+                self.set_kind("buffers", number)
+                self._change(number, size_bytes - self._sizes[number])
+            return result
+
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
+
+    def _number_of(self, tensor: Tensor) -> int:
+        storage = local_of(tensor).untyped_storage()
+        address = storage._cdata
+        if address not in self._numbers:
+            self._last_number += 1
+            number = self._numbers[address] = self._last_number
+            self._sizes[number] = 0
+            self._change(number, storage.nbytes())
+
+            def freed(_: Any) -> None:
+                self._change(number, -self._sizes[number])
+                del self._numbers[address], self._watches[number]
+
+            self._watches[number] = weakref.ref(storage, freed)
+        return self._numbers[address]
+
+    def _change(self, number: int, change_bytes: int) -> None:
+        self._sizes[number] += change_bytes
+        if change_bytes:
+            self._log.append(_Change(number, change_bytes))
+
+    def _add_collective(self, name: str, values: Any) -> None:
+        kind = next((kind for word, kind in _COLLECTIVES.items() if word in name), None)
+        if kind is None:
+            return
+        tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+        for tensor in tensors:
+            self.set_kind("buffers", self._number_of(tensor))
+        sizes = [local_of(tensor).nbytes for tensor in tensors]
+        self._log.append(Traffic(kind, max(sizes)))  # the full tensor is the largest
+
+    # -- what is said -----------------------------------------------------------------------
+
+    def set_kind(self, kind: Kind, number: int) -> None:
+        known = self._kinds.get(number, "temporary")
+        if KINDS.index(kind) < KINDS.index(known):
+            self._kinds[number] = kind
+
+    def call(self, kind: Kind, tensors: Iterable[Tensor]) -> None:
+        """Says what these tensors are, from their creation on."""
+        for tensor in tensors:
+            self.set_kind(kind, self._number_of(tensor))
+
+    def call_rest(self, kind: Kind) -> None:
+        """Says what everything alive is that has no name yet."""
+        for number in self._numbers.values():
+            self.set_kind(kind, number)
+
+    def mark(self, label: str) -> None:
+        """Begins a segment of this name."""
+        self._log.append(label)
+
+    def count_collective(self, kind: CollectiveKind, payload_bytes: int) -> None:
+        """Adds a collective that no operation showed."""
+        self._log.append(Traffic(kind, payload_bytes))
+
+    # -- what came of it --------------------------------------------------------------------
+
+    def segments(
+        self, since: str, uncounted: frozenset[Kind] = frozenset()
+    ) -> tuple[dict[Kind, int], list[Segment]]:
+        """Returns the bytes by kind at the last mark `since`, and the segments from there on.
+
+        `uncounted` kinds lie elsewhere and have no part in what a peak is.
+        """
+        begin = len(self._log) - 1 - self._log[::-1].index(since)
+        level = self._sum(self._log[:begin])
+        bounds = [i for i, entry in enumerate(self._log) if isinstance(entry, str) and i >= begin]
+        parts = zip(bounds, [*bounds[1:], len(self._log)], strict=True)
+        return dict(level), [self._segment(start, stop, uncounted) for start, stop in parts]
+
+    def _sum(self, entries: Iterable[object]) -> Counter[Kind]:
+        level: Counter[Kind] = Counter()
+        for entry in entries:
+            if isinstance(entry, _Change):
+                level[self._kinds.get(entry.number, "temporary")] += entry.change_bytes
+        return level
+
+    def _segment(self, start: int, stop: int, uncounted: frozenset[Kind]) -> Segment:
+        level: Counter[Kind] = Counter()
+        peak: dict[Kind, int] = {}
+        counted_bytes = highest_bytes = 0
+        for entry in self._log[start:stop]:
+            if isinstance(entry, _Change):
+                kind = self._kinds.get(entry.number, "temporary")
+                level[kind] += entry.change_bytes
+                counted_bytes += 0 if kind in uncounted else entry.change_bytes
+                if counted_bytes > highest_bytes:
+                    highest_bytes, peak = counted_bytes, dict(level)
+        traffic = [entry for entry in self._log[start:stop] if isinstance(entry, Traffic)]
+        label = cast(str, self._log[start])
+        return Segment(label, peak, dict(level), tuple(traffic))
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """What a rank itself holds of a tensor."""
+    if isinstance(tensor, DTensor):
+        return local_of(tensor._local_tensor)
+    if isinstance(tensor, AsyncCollectiveTensor):
+        return tensor.elem
+    return tensor

@@ -1,0 +1,96 @@
+"""The memory of one rank under any strategy, in seconds for a model of any size.
+
+What can run dry is asked: the strategy itself takes a step with a few blocks, of which the middle
+one is then repeated. DeepSpeed's engine cannot: what it holds is added up here (`_zero_memory`), on
+top of the passes of the same decoder. A strategy of the user's own is taken at the word of its
+`sharding()`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from fractions import Fraction
+
+from scalellm import strategies
+from scalellm.config import Config, TrainConfig
+from scalellm.dist import World
+from scalellm.model import count_parameters
+from scalellm.plan._record import FEW_LAYERS, is_deepspeed, record
+from scalellm.plan._zero_memory import zero_memory
+from scalellm.plan.activations import activations
+from scalellm.plan.dry_run import remembered, stretched, summarize
+from scalellm.plan.types import Memory
+
+
+def estimate(config: Config, world_size: int, device_type: str = "cuda") -> Memory:
+    """Returns what rank 0 of `world_size` holds at the worst moment of an optimizer step.
+
+    It is what tensors take. The cache of an allocator, workspaces of kernels, communication
+    libraries and the framework come on top.
+
+    Args:
+        device_type: see `dry_run`.
+
+    Raises:
+        ConfigError: the config cannot run in such a world, or does not say the vocabulary.
+        UserError: this process is a rank of a process group.
+    """
+    if is_deepspeed(config):
+        return zero_memory(config, world_size, device_type)
+    if config.strategy.name not in strategies.names():
+        return _by_word(config, world_size, device_type)
+    layers = config.model.num_layers
+    small = _small(config, world_size)
+    key = (
+        f"{small.model!r} {small.strategy!r} {small.train!r} {small.data.document_mask} "
+        f"{world_size} {device_type}"
+    )
+    trace = remembered(key, lambda: record(small, world_size, device_type))
+    return summarize(stretched(trace, layers) if layers > FEW_LAYERS else trace)[0]
+
+
+def _small(config: Config, world_size: int) -> Config:
+    """Only what a step's memory depends on, so that plans which differ elsewhere share a trace."""
+    plan = config.batches(world_size)
+    layers = min(config.model.num_layers, FEW_LAYERS)
+    train = TrainConfig(
+        precision=config.train.precision,
+        activation_checkpointing=config.train.activation_checkpointing,
+        grad_clip=config.train.grad_clip,
+        micro_batch_size=plan.micro_batch_size,
+        global_batch_size=plan.micro_batch_size * min(plan.grad_accumulation, 2) * world_size,
+    )
+    model = config.model.model_copy(update={"num_layers": layers})
+    return config.model_copy(update={"model": model, "train": train})
+
+
+def _by_word(config: Config, world_size: int, device_type: str) -> Memory:
+    """A strategy whose workings are not known, divided as it says itself."""
+    strategy_class = strategies.resolve(config.strategy.name)
+    world = World(world_size=world_size, launcher="the planner")
+    options = strategies.parse_options(config.strategy, strategy_class, world, config.train)
+    sharding = strategy_class.sharding(options, world, config.train)
+    micro_batch = config.batches(world_size).micro_batch_size
+    kept_bytes, beyond_bytes = activations(
+        config.model, config.train, micro_batch, config.model.seq_len, device_type
+    )
+    element_bytes = 8 if config.train.precision == "fp64" else 4
+    working_bytes = sharding.working_bytes or element_bytes
+    masters = 0 if sharding.working_bytes is None else 1
+    parameters = count_parameters(config.model)
+    held = {
+        "parameters": Fraction(parameters * working_bytes, sharding.parameters),
+        "gradients": Fraction(parameters * working_bytes, sharding.gradients),
+        "optimizer": Fraction(parameters * (2 + masters) * element_bytes, sharding.optimizer),
+    }
+    sizes = Counter({kind: int(size) for kind, size in held.items()})
+    host = sum(sizes.pop(kind, 0) for kind in sharding.offloaded) if device_type != "cpu" else 0
+    return Memory(
+        parameters_bytes=sizes["parameters"],
+        gradients_bytes=sizes["gradients"],
+        optimizer_bytes=sizes["optimizer"],
+        activations_bytes=kept_bytes,
+        buffers_bytes=0,
+        temporary_bytes=beyond_bytes,
+        host_bytes=host,
+    )

@@ -1,0 +1,78 @@
+"""`scalellm bench plan`: which cells there are, what is read of a run, what is said of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(FOLDER)
+    sys.modules.pop("plan", None)
+    import plan
+
+    yield plan
+    sys.modules.pop("plan", None)
+
+
+def rows(tmp_path: Path, *, is_whole: bool) -> Path:
+    path = tmp_path / "metrics.jsonl"
+    train = [{"kind": "train", "step": n, "peak_rss_bytes": 500 + 100 * n} for n in (1, 2)]
+    end = {"kind": "end", "step": 2, "baseline_rss_bytes": [300, 1], "peak_rss_bytes": [9000, 9000]}
+    lines = [*train, *([end] if is_whole else [])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    return path
+
+
+def test_the_peak_is_that_of_the_steps_not_of_the_save(bench: Any, tmp_path: Path) -> None:
+    assert bench.above_baseline(rows(tmp_path, is_whole=True)) == 700 - 300
+
+
+def test_a_run_that_did_not_end_is_refused(bench: Any, tmp_path: Path) -> None:
+    with pytest.raises(bench.UserError, match="no whole"):
+        bench.above_baseline(rows(tmp_path, is_whole=False))
+
+
+def test_cells_that_cannot_be_are_left_out(bench: Any) -> None:
+    args = bench._parse(["--variants", "single,ddp", "--worlds", "1,2", "--shapes", "tiny"])
+    found = [(cell.variant, cell.world_size) for cell in bench._cells(args)]
+    assert found == [("single", 1), ("ddp", 1), ("ddp", 2)]
+
+
+def test_an_unknown_variant_is_named_with_those_there_are(bench: Any) -> None:
+    with pytest.raises(bench.UserError, match="'dpp' is none of single, ddp"):
+        bench._parse(["--variants", "dpp"])
+
+
+def test_the_summary_leaves_failed_cells_out_and_the_table_does_not(bench: Any) -> None:
+    good = {"id": "a", "parameters": 1000, "predicted_bytes": 110 << 20}
+    good |= {"measured_bytes": 100 << 20, "ratio": 1.1}
+    bad = {"id": "b", "parameters": 1000, "predicted_bytes": 1 << 20, "error": "it fell over"}
+    found = bench.summary([good, bad])
+    assert found["median_ratio"] == 1.1
+    assert found["worst_error"] == pytest.approx(0.1)
+    machine = {"processor": "a CPU", "versions": {"torch": "2"}}
+    text = bench.markdown({"environment": machine, "cells": [good, bad], **found})
+    assert "| a | 1,000 | 110 |  | 100 | 1.100 |" in text
+    assert "it fell over |" in text
+    assert "worst error 10.0%" in text
+
+
+@pytest.mark.slow
+def test_a_cell_is_run_and_compared(tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    words = ["--variants", "single", "--worlds", "1", "--shapes", "tiny", "--steps", "2"]
+    command = [sys.executable, "-m", "scalellm", "bench", "plan", *words, "--dry-run"]
+    subprocess.run([*command, "--json", str(out)], check=True, timeout=600)
+    [row] = json.loads(out.read_text())["cells"]
+    assert row["predicted_memory"] == row["dry_run_memory"]
+    assert row["measured_bytes"] > 0
+    assert 0.5 < row["ratio"] < 2

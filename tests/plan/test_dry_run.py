@@ -1,0 +1,179 @@
+"""A dry run is the real step: same bytes, the strategies' own collectives, nothing left behind."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as tdist
+from torch._subclasses.fake_tensor import FakeTensor
+
+from scalellm.batches import Batch
+from scalellm.config import Config, parse_config
+from scalellm.dist import World
+from scalellm.errors import UserError
+from scalellm.model import Decoder, count_parameters
+from scalellm.plan import dry_run as module
+from scalellm.plan.dry_run import dry_run
+from scalellm.plan.live import LiveBytes
+from scalellm.strategies.base import Options, Strategy
+from scalellm.train.optimizer import make_adamw
+
+ROWS = 2
+
+
+def config(
+    strategy: dict[str, Any],
+    world_size: int = 1,
+    accumulation: int = 1,
+    model: dict[str, Any] | None = None,
+    **train: Any,
+) -> Config:
+    shape = {"num_layers": 3, "hidden_size": 64, "num_heads": 4, "vocab_size": 256, "seq_len": 32}
+    batch = {
+        "global_batch_size": ROWS * accumulation * world_size,
+        "micro_batch_size": ROWS,
+    }
+    values = {
+        "model": {**shape, **(model or {})},
+        "strategy": strategy,
+        "train": {**batch, **train},
+    }
+    return parse_config(values)
+
+
+def real_peak_bytes(made: Config) -> int:
+    """The same count of the same step on tensors with numbers in them."""
+    strategy = Strategy(World(), made.train, Options())
+    live = LiveBytes()
+    with torch.device("meta"):
+        model = Decoder(made.model)
+    strategy.setup(model, functools.partial(make_adamw, train=made.train))
+    live.call("parameters", (p for _, p in strategy.named_parameters()))
+    with live:
+        for _ in range(2):
+            live.mark("step")
+            tokens = torch.zeros(ROWS, made.model.seq_len + 1, dtype=torch.long)
+            batch = Batch(tokens_BT=tokens[:, :-1], targets_BT=tokens[:, 1:])
+            with strategy.micro_step(True):
+                strategy.backward(strategy.forward(batch), 1)
+            strategy.step(1e-3)
+    start, [step] = live.segments("step")
+    return sum(start.values()) + sum(step.peak.values())
+
+
+@pytest.mark.parametrize(
+    ("model", "train"),
+    [
+        ({}, {}),
+        ({}, {"activation_checkpointing": "full"}),
+        ({}, {"activation_checkpointing": "selective"}),
+        ({"attention": "explicit", "dropout": 0.1}, {"precision": "bf16"}),
+        ({"loss_chunk_tokens": 16, "tie_embeddings": False, "num_kv_heads": 2}, {}),
+        ({"norm": "layernorm", "mlp": "gelu", "positions": "learned", "bias": True}, {}),
+    ],
+)
+def test_fake_tensors_need_what_real_ones_need(
+    model: dict[str, Any], train: dict[str, Any]
+) -> None:
+    made = config({"name": "single"}, model=model, **train)
+    assert dry_run(made, 1, "cpu").memory.peak_bytes == pytest.approx(
+        real_peak_bytes(made), rel=2e-3
+    )
+
+
+def test_states_are_sixteen_bytes_a_parameter() -> None:
+    made = config({"name": "ddp"}, world_size=4)
+    memory, parameters = dry_run(made, 4).memory, count_parameters(made.model)
+    assert memory.parameters_bytes == memory.gradients_bytes == 4 * parameters
+    assert memory.optimizer_bytes == pytest.approx(8 * parameters, rel=1e-3)
+    assert memory.peak_bytes > 16 * parameters + memory.activations_bytes
+
+
+def test_ddp_reduces_each_gradient_once_whatever_the_accumulation() -> None:
+    made = config({"name": "ddp"}, world_size=4, accumulation=3)
+    [reduced] = dry_run(made, 4).collectives
+    assert (reduced.kind, reduced.payload_bytes) == ("all_reduce", 4 * count_parameters(made.model))
+
+
+def test_accumulating_under_ddp_holds_gradients_beside_the_buckets() -> None:
+    once, twice = (
+        dry_run(config({"name": "ddp"}, world_size=2, accumulation=n), 2).memory for n in (1, 2)
+    )
+    assert twice.gradients_bytes == 2 * once.gradients_bytes
+
+
+def test_fsdp_gathers_and_reduces_every_unit_of_many_ranks() -> None:
+    made = config({"name": "fsdp"}, world_size=64)
+    found = dry_run(made, 64)
+    traffic = {one.kind: one for one in found.collectives}
+    # 4 units: 3 blocks and the rest; each is gathered for the forward and for the backward.
+    assert traffic["all_gather"].count == 8
+    assert traffic["reduce_scatter"].count == 4
+    assert traffic["all_gather"].payload_bytes == 2 * traffic["reduce_scatter"].payload_bytes
+    assert found.memory.parameters_bytes < 1.1 * 4 * count_parameters(made.model) / 64
+
+
+def test_fsdp_traffic_is_what_the_algorithm_says() -> None:
+    made = config({"name": "fsdp"}, world_size=4, accumulation=5)
+    whole_bytes = 4 * count_parameters(made.model)
+    traffic = {one.kind: one.payload_bytes for one in dry_run(made, 4).collectives}
+    assert traffic == {"all_gather": 5 * 2 * whole_bytes, "reduce_scatter": 5 * whole_bytes}
+
+
+def test_hybrid_shards_reduce_over_their_replicas() -> None:
+    made = config({"name": "fsdp", "shard_ranks": 2}, world_size=8)
+    traffic = {one.kind: one.payload_bytes for one in dry_run(made, 8).collectives}
+    assert traffic["all_reduce"] == 4 * count_parameters(made.model) / 2
+
+
+def test_offloaded_states_lie_on_the_host() -> None:
+    strategy = {"name": "fsdp", "cpu_offload": True}
+    memory = dry_run(config(strategy, world_size=4), 4).memory
+    there = dry_run(config({"name": "fsdp"}, world_size=4), 4).memory
+    assert (memory.parameters_bytes, memory.optimizer_bytes) == (0, 0)
+    assert memory.host_bytes >= there.parameters_bytes + there.optimizer_bytes
+    on_cpu = dry_run(config(strategy, world_size=4), 4, "cpu").memory
+    assert on_cpu.host_bytes == 0 < on_cpu.parameters_bytes
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "accelerate"])
+def test_deepspeed_is_refused_in_one_sentence(name: str) -> None:
+    options = {"backend": "deepspeed"} if name == "accelerate" else {}
+    with pytest.raises(UserError, match="cannot run dry"):
+        dry_run(config({"name": name, **options}, world_size=2), 2)
+
+
+def test_nothing_is_left_behind_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Strategy, learning_rate: float) -> None:
+        raise RuntimeError("in the middle")
+
+    resize = torch.UntypedStorage.resize_
+    monkeypatch.setattr(Strategy, "step", fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        dry_run(config({"name": "fsdp"}, world_size=2), 2)
+    assert torch.UntypedStorage.resize_ is resize
+    assert not tdist.is_initialized()
+    assert not isinstance(torch.ones(1), FakeTensor)
+
+
+def test_a_rank_of_a_group_does_not_run_dry(tmp_path: Any) -> None:
+    store = tdist.FileStore(str(tmp_path / "store"), 1)
+    tdist.init_process_group("gloo", rank=0, world_size=1, store=store)
+    try:
+        with pytest.raises(UserError, match="process of its own"):
+            dry_run(config({"name": "single"}), 1)
+    finally:
+        tdist.destroy_process_group()
+
+
+def test_the_middle_block_stands_for_the_others() -> None:
+    few, many = (
+        config({"name": "fsdp"}, world_size=2, accumulation=2, model={"num_layers": n})
+        for n in (module.FEW_LAYERS, 9)
+    )
+    trace = module.stretched(module.record(few, 2, "cuda"), 9)
+    found = dry_run(many, 2)
+    assert module.summarize(trace) == (found.memory, found.collectives)
