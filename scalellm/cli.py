@@ -25,8 +25,10 @@ from scalellm.errors import (
     did_you_mean,
 )
 from scalellm.plan_command import plan
+from scalellm.prepare_command import prepare
 
 COMMANDS = {
+    "prepare": (prepare, "text in, a dataset of token shards out"),
     **PLAIN_COMMANDS,
     "data": (data, "inspect, verify, diff or convert datasets"),
     "plan": (plan, "what fits, how fast, before it is run"),

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from scalellm.cli import main
-from scalellm.commands import COMMANDS
+from scalellm.cli import COMMANDS, main
 
 Values = dict[str, Any]
 
