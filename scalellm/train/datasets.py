@@ -129,8 +129,8 @@ class SourceMeter:
     """
 
     def __init__(self, mixture: data.Mixture) -> None:
-        self._names = () if mixture.is_plain else mixture.names
-        self._names = () if self._names == (ALONE,) else self._names
+        is_one = mixture.is_plain or mixture.names == (ALONE,)
+        self._names = () if is_one else mixture.names
         self.tokens = dict.fromkeys(self._names, 0)
         self._sums_2S = torch.zeros(2, len(self._names), dtype=torch.float64)
 

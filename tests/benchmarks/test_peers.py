@@ -167,7 +167,8 @@ def test_a_small_comparison(load: Any, tmp_path: Path, capsys: pytest.CaptureFix
     file = tmp_path / "report.json"
     only = "plain-fp32,plain-fused-fp32,hf-trainer-fp32,scalellm-bare-fp32,scalellm-fp32"
     words = ["--shape", "2x64x32x512", "--batch", "4", "--rounds", "2", "--steps", "3"]
-    words += ["--warmup", "5", "--threads", "1", "--only", only, "--checkpoint-every", "4"]
+    # The text is this Python's library: enough steps to learn from any version of it.
+    words += ["--warmup", "14", "--threads", "1", "--only", only, "--checkpoint-every", "4"]
     words += ["--tokens", "200000", "--environments", str(tmp_path), "--json", str(file)]
     assert main(["bench", "peers", *words]) == 0
     shown = capsys.readouterr().out
@@ -186,8 +187,7 @@ def test_a_small_comparison(load: Any, tmp_path: Path, capsys: pytest.CaptureFix
     # The fused AdamW is the same optimizer; another model of the same size learns alike.
     assert plain["losses"] == pytest.approx(rows["plain-fused-fp32"]["losses"], abs=1e-4)
     assert plain["losses"] == pytest.approx(ours["losses"], abs=0.2)
-    # How much is learnt in so few steps depends on the text, which is this Python's library.
-    assert ours["losses"][-1] < ours["losses"][0] - 0.05
+    assert ours["losses"][-1] < ours["losses"][0] - 0.2
     loaders = {row["name"]: row for row in report["loaders"]["rows"]}
     assert loaders["litdata"]["reason"] == "exit code 4: OSError: gone too"
     assert loaders["np.memmap + DataLoader, 0 workers"]["wall_rate"]["median"] > 0
@@ -202,7 +202,7 @@ def check_figures(rows: dict[str, dict[str, Any]], report: dict[str, Any]) -> No
         assert row["parameters"] == count_parameters(config)
         assert row["flops_per_token"] == flops_per_token(config)
         assert [len(turn) for turn in row["step_s"]] == [3, 3]
-        assert len(row["losses"]) == 11
+        assert len(row["losses"]) == 14 + 2 * 3
         rates = [3 * 4 * 32 / sum(turn) for turn in row["step_s"]]
         assert row["tokens_per_s"]["runs"] == pytest.approx(rates)
         ours = rows["scalellm-fp32"]["tokens_per_s"]["runs"]

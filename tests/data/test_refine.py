@@ -145,7 +145,7 @@ def test_other_options_are_another_dataset(options: PrepareOptions) -> None:
             prepare(replace(options, **change), progress=False)
     with pytest.raises(DataError, match=r"\(dedup.threshold=0.72 there, 0.9 now\)"):
         prepare(replace(options, dedup=DedupOptions(threshold=0.9)), progress=False)
-    more_memory = options.dedup.model_copy(update={"memory_bytes": 1 << 28})  # type: ignore[union-attr]
+    more_memory = DedupOptions(memory_bytes=1 << 28)
     assert prepare(replace(options, dedup=more_memory), progress=False).reused
     plain = replace(options, clean=None, dedup=None, overwrite=True)
     prepare(plain, progress=False)

@@ -27,7 +27,7 @@ def test_124m_on_eight_a100_by_hand() -> None:
         micro_batch_size=12,
         precision="bf16",
     )
-    time = step_time(of, 8, find_device("a100-80g"), Efficiency(), Work(2e10, 3e10, 900))  # type: ignore[arg-type]
+    time = step_time(of, 8, find_device("a100-80g"), Efficiency(), Work(2e10, 3e10, 900))
     # 12 blocks of 12 x 768^2 weights, the head, attention over 1,024 keys; 2 x 12 rows a rank.
     flops_per_token = 6 * (12 * 12 * 768**2 + 50304 * 768) + 12 * 12 * 768 * 1024
     compute_s = 2 * 12 * 1024 * flops_per_token / (312e12 * 0.7)
@@ -54,7 +54,7 @@ def test_8b_on_64_h100_by_hand() -> None:
         precision="bf16",
         activation_checkpointing="full",
     )
-    time = step_time(of, 64, find_device("h100-80g"), Efficiency(), Work(1e11, 2e11, 3000))  # type: ignore[arg-type]
+    time = step_time(of, 64, find_device("h100-80g"), Efficiency(), Work(1e11, 2e11, 3000))
     # A block: q and o, grouped k and v, three MLP matrices. Embedding and head are not tied.
     block = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
     head = 128256 * 4096
