@@ -84,10 +84,10 @@ def python_of(folder: Path, name: str) -> Path:
     _call(sys.executable, "-m", "venv", "--clear", str(home))
     flags = shlex.split(os.environ.get("PIP_FLAGS", ""))
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *flags]
-    # torch first, as in the Makefile: another package may pull in the largest build of it.
-    for requirements in (pins(name)[:2], pins(name)[2:]):
-        if requirements:
-            _call(*pip, "-c", str(_CONSTRAINTS), *requirements)
+    # torch first, as in the Makefile: another package may pull in the largest build of it. The
+    # rest of constraints.txt is ours, and not what a peer may need.
+    for requirements in (pins(name)[:2], pins(name)):
+        _call(*pip, *requirements)
     ready.write_text(wanted)
     return python
 

@@ -8,12 +8,14 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from _processes import descendants, end_tree, start
+
+from scalellm.process import ENVIRONMENT
 
 # Lines of a log that say why, as Python and our command write them; else its last line counts.
 _REASONS = ("scalellm: ", "Error", "Exception")
@@ -34,15 +36,26 @@ class PeerProcess:
         log: file for all it prints.
         threads: for OpenMP, before torch is loaded.
         limit_s: longest wait for an answer, compiling included.
+        settings: for libraries, in the environment; those that our own command has set, and that
+            this process has inherited, are left out otherwise.
 
     Raises:
         PeerError: it never got ready.
     """
 
-    def __init__(self, command: Sequence[str], log: Path, *, threads: int, limit_s: float) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        log: Path,
+        *,
+        threads: int,
+        limit_s: float,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
         self._log, self._limit_s = log, limit_s
         environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name not in ENVIRONMENT},
+            **(settings or {}),
             "OMP_NUM_THREADS": str(threads),
             # Each compiles for itself, or the first step would be shorter for who comes later.
             "TORCHINDUCTOR_CACHE_DIR": str(log.with_suffix(".inductor")),

@@ -21,7 +21,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from scalellm.data.pool import sigterm_as_interrupt
 from scalellm.dist import World
 from scalellm.errors import UserError, did_you_mean
 from scalellm.model import cpu_multiplies_bf16
+from scalellm.process import ENVIRONMENT
 from scalellm.train.folder import describe_environment
 
 WORKERS = Path(__file__).resolve().parent / "peer_workers"
@@ -57,6 +58,7 @@ class Peer:
         worker: file in peer_workers/, without `.py`.
         ships: the variant that it runs if told nothing.
         variants: what is run without --only; `best` is compiled, in the last of --precisions.
+        settings: environment variables; a peer has none of those that our own command sets.
     """
 
     environment: str | None
@@ -64,17 +66,27 @@ class Peer:
     ships: str = "fp32"
     variants: tuple[str, ...] = ("fp32", "bf16", "best")
     options: dict[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 PEERS = {
     "plain": Peer("plain", "plain_loop"),
     "plain-fused": Peer("plain", "plain_loop", "", ("best",), {"fused": True}),
+    # What is left if another loop learns of huge pages, which our command asks for by itself.
+    "plain-huge": Peer(
+        "plain",
+        "plain_loop",
+        "",
+        ("best",),
+        {"fused": True},
+        settings={"THP_MEM_ALLOC_ENABLE": "1"},
+    ),
     "hf-trainer": Peer("hf", "hf_trainer"),
     "accelerate": Peer("hf", "accelerate_loop"),
     "litgpt": Peer("litgpt", "litgpt_fabric", "bf16-compile"),
     "litgpt-true": Peer("litgpt", "litgpt_fabric", "", ("bf16-compile",), {"true": True}),
-    "scalellm-bare": Peer(None, "scalellm_bare", ""),
-    "scalellm": Peer(None, "scalellm_trainer"),
+    "scalellm-bare": Peer(None, "scalellm_bare", "", settings=ENVIRONMENT),
+    "scalellm": Peer(None, "scalellm_trainer", settings=ENVIRONMENT),
 }
 
 
@@ -271,7 +283,9 @@ def _start(one: Contestant, args: argparse.Namespace, folder: Path) -> None:
         print(f"{one.name}: starting, {args.warmup} steps ...", file=sys.stderr, flush=True)
         command = [str(python), str(WORKERS / f"{peer.worker}.py"), str(file)]
         log = file.with_suffix(".log")
-        one.process = PeerProcess(command, log, threads=args.threads, limit_s=args.limit_s)
+        one.process = PeerProcess(
+            command, log, threads=args.threads, limit_s=args.limit_s, settings=peer.settings
+        )
         one.ready, one.start_s = one.process.ready, one.process.start_s
         one.warm = one.process.turn(args.warmup)
     except (InstallError, PeerError) as error:

@@ -26,6 +26,7 @@ from scalellm.errors import (
 )
 from scalellm.plan_command import plan
 from scalellm.prepare_command import prepare
+from scalellm.process import set_environment
 
 COMMANDS = {
     "prepare": (prepare, "text in, a dataset of token shards out"),
@@ -37,11 +38,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code; a user's mistake is one sentence on stderr."""
-    # Read by OpenMP when torch loads. Its own default lets a waiting thread spin for milliseconds,
-    # which costs up to six times the speed when anything else runs on the machine (docs/log.md).
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    # Read when torch loads. DDP warns on every rank that walking the graph found nothing.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    set_environment()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without the letters of a sample

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from scalellm.errors import ConfigError
 
 _SYSTEM = Path("/sys/devices/system")
+# A tenth of the share of a thread that has not stepped back, where they compete.
+_BACKGROUND_NICENESS = 10
 
 
 def available_cores() -> int:
@@ -69,3 +73,14 @@ def _read_int(path: Path) -> int:
         return int(path.read_text())
     except (OSError, ValueError):
         return 0
+
+
+def step_back() -> None:
+    """Lets the calling thread, and those it starts, take mostly what cores the others leave idle.
+
+    For what goes on beside the training: OpenMP's threads wait for the slowest of them, so one that
+    shares its core holds up all. Linux only: elsewhere priorities belong to whole processes.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)

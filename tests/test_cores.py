@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from scalellm import dist
-from scalellm.cores import bound_to_share, by_place, share_of
+from scalellm.cores import bound_to_share, by_place, share_of, step_back
 from scalellm.dist import detect, ranks
 from scalellm.errors import ConfigError
 
@@ -77,3 +79,17 @@ def test_cores_that_slurm_has_divided_are_not_divided_again(
     before = os.sched_getaffinity(0)
     with ranks("cpu", bind_cores=True):
         assert os.sched_getaffinity(0) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has a priority of its own on Linux")
+def test_who_steps_back_leaves_the_others_where_they_were() -> None:
+    def niceness_beside() -> int:
+        with ThreadPoolExecutor(1, initializer=step_back) as pool:
+            return pool.submit(niceness).result()
+
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = niceness()
+    assert niceness_beside() == max(before, 10)
+    assert niceness() == before

@@ -11,6 +11,7 @@ from _worker import Gate, Task
 
 from scalellm.config import ModelConfig, TrainConfig
 from scalellm.model import Decoder, count_parameters, flops_per_token
+from scalellm.strategies._norm import norm_of
 from scalellm.strategies._transforms import apply_transforms
 from scalellm.train.optimizer import make_adamw
 
@@ -46,10 +47,9 @@ def main() -> None:
             loss_sum = model(tokens_BT, targets_BT)
         (loss_sum / targets_BT.numel()).backward()
         gradients = [p.grad for p in parameters if p.grad is not None]
-        # In fp64, as the trainer takes it: torch's own clipping is 2.6e-5 off on a CPU.
-        norm = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).norm()
+        norm = norm_of(gradients)
         if norm > task.grad_clip:
-            torch._foreach_mul_(gradients, task.grad_clip / float(norm))
+            torch._foreach_mul_(gradients, task.grad_clip / norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         gate.losses.append(loss_sum.detach() / targets_BT.numel())

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from scalellm.cores import step_back
 from scalellm.strategies import Piece
 
 # Memory is taken in slabs: a power of two, since CUDA's pinned memory is handed out in those.
@@ -123,7 +124,7 @@ class _Mover:
     """
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(torch.get_num_threads())
+        self._pool = ThreadPoolExecutor(torch.get_num_threads(), initializer=step_back)
         self.moving: list[Future[None]] = []
         self._batch: list[tuple[Tensor, Tensor, int, int]] = []
         self._batch_bytes = 0

@@ -150,7 +150,7 @@ class TrainConfig(Section):
     beta2: float = setting(0.95, "AdamW's second moment", ge=0, lt=1)
     eps: float = setting(1e-8, "AdamW's epsilon", gt=0)
     grad_clip: float = setting(1.0, "largest global gradient norm; 0: no clipping", ge=0)
-    compile: bool = setting(False, "torch.compile each decoder block")
+    compile: bool = setting(False, "torch.compile each decoder block, and the loss")
     activation_checkpointing: Literal["none", "selective", "full"] = setting(
         "none", "recompute in the backward: nothing, all but matrix products, whole blocks"
     )

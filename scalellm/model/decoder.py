@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from scalellm.config import ModelConfig
 from scalellm.errors import ConfigError, UserError
 from scalellm.model.attention import KVCache, LayerCache, attend, document_mask
-from scalellm.model.loss import RowLosses, chunked_sum_of_losses, sum_of_losses
+from scalellm.model.loss import RowLosses, chunked_sum_of_losses, token_losses
 
 
 class Linear(nn.Linear):
@@ -28,20 +28,33 @@ class Linear(nn.Linear):
         """Draws nothing: `Decoder.init_weights` sets every weight, once."""
 
 
-class Head(Linear):
-    """The output projection. It takes the loss too, where its weight is whole: see `loss`."""
+class Output(nn.Module):
+    """Logits, or the loss of each token: a part without weights, so that it compiles like a block.
 
-    def forward(
+    Eager cross-entropy goes over the logits, the largest tensor of a small model, once an operator.
+    """
+
+    def forward(self, x_BTC: Tensor, weight_VC: Tensor, targets_BT: Tensor | None) -> Tensor:
+        logits_BTV = F.linear(x_BTC, weight_VC)
+        return logits_BTV if targets_BT is None else token_losses(logits_BTV, targets_BT)
+
+
+class Head(Linear):
+    """The output projection. It takes the loss too, where its weight is whole."""
+
+    def forward(  # type: ignore[override]  # it takes more than nn.Linear's
         self,
         x_BTC: Tensor,
+        output: Output,
         targets_BT: Tensor | None = None,
         chunk_tokens: int = 0,
         row_losses: RowLosses | None = None,
     ) -> Tensor:
-        return logits_or_loss(x_BTC, self.weight, targets_BT, chunk_tokens, row_losses)
+        return logits_or_loss(output, x_BTC, self.weight, targets_BT, chunk_tokens, row_losses)
 
 
 def logits_or_loss(
+    output: Output,
     x_BTC: Tensor,
     weight_VC: Tensor,
     targets_BT: Tensor | None,
@@ -50,8 +63,12 @@ def logits_or_loss(
 ) -> Tensor:
     if targets_BT is not None and chunk_tokens:
         return chunked_sum_of_losses(x_BTC, weight_VC, targets_BT, chunk_tokens, row_losses)
-    logits_BTV = F.linear(x_BTC, weight_VC)
-    return logits_BTV if targets_BT is None else sum_of_losses(logits_BTV, targets_BT, row_losses)
+    result: Tensor = output(x_BTC, weight_VC, targets_BT)
+    if targets_BT is None:
+        return result
+    if row_losses is not None:
+        row_losses.put(result)
+    return result.sum()
 
 
 class Embedding(nn.Embedding):
@@ -198,6 +215,7 @@ class Decoder(nn.Module):
             self.embed_positions = Embedding(config.seq_len, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = make_norm(config) if config.norm_position == "pre" else nn.Identity()
+        self.output = Output()
         if not config.tie_embeddings:
             self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
@@ -281,10 +299,10 @@ class Decoder(nn.Module):
             x_BTC = layer(x_BTC, rotation_2BT1R, mask_B1TS, *layer_cache)
         x_BTC = self.norm(x_BTC[:, -1:] if last_only else x_BTC)
         chunk_tokens = self.config.loss_chunk_tokens
+        loss_of = (targets_BT, chunk_tokens, row_losses)
         if self.config.tie_embeddings:
-            weight_VC = self.embed_tokens.weight
-            return logits_or_loss(x_BTC, weight_VC, targets_BT, chunk_tokens, row_losses)
-        loss: Tensor = self.lm_head(x_BTC, targets_BT, chunk_tokens, row_losses)
+            return logits_or_loss(self.output, x_BTC, self.embed_tokens.weight, *loss_of)
+        loss: Tensor = self.lm_head(x_BTC, self.output, *loss_of)
         return loss
 
     def _embed(self, tokens_BT: Tensor, positions_BT: Tensor, end: int) -> Tensor:

@@ -27,21 +27,16 @@ class RowLosses:
         self.losses_B = losses_BT.detach().sum(1)
 
 
-def sum_of_losses(
-    logits_BTV: Tensor, targets_BT: Tensor, row_losses: RowLosses | None = None
-) -> Tensor:
-    """Returns the summed cross-entropy in nats, computed in fp32 or wider; -100 is left out."""
+def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Returns the cross-entropies (B, T) in nats, in fp32 or wider; 0 where the target is -100."""
     wide = torch.promote_types(logits_BTV.dtype, torch.float32)
-    losses = F.cross_entropy(
+    losses_N = F.cross_entropy(
         logits_BTV.flatten(0, 1).to(wide),
         targets_BT.flatten().long(),
         ignore_index=IGNORED_TARGET,
-        reduction="sum" if row_losses is None else "none",
+        reduction="none",
     )
-    if row_losses is None:
-        return losses
-    row_losses.put(losses.view(targets_BT.shape))
-    return losses.sum()
+    return losses_N.view(targets_BT.shape)
 
 
 def chunked_sum_of_losses(
@@ -51,7 +46,7 @@ def chunked_sum_of_losses(
     chunk_tokens: int,
     row_losses: RowLosses | None = None,
 ) -> Tensor:
-    """Returns `sum_of_losses` of `x_BTC @ weight_VC.T`, whose logits never exist all at once.
+    """Returns the sum of `token_losses` of `x_BTC @ weight_VC.T`, which never exists as a whole.
 
     The gradients of a chunk are computed while its logits are there, in the forward, so that they
     are needed only once (Liger Kernel, Hsu et al. 2024, section 3.2). The logits, their softmax and

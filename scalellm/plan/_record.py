@@ -254,9 +254,9 @@ class _Step:
         return [p.grad for p in self.named.values() if p.grad is not None]
 
     def _grad_norm(self, device_type: str) -> float:
-        """Clips, whatever the norm. On a CPU torch casts each gradient whole to sum in fp64."""
+        """Clips, whatever the norm. On a CPU torch casts a half gradient whole to sum in fp64."""
         for gradient in self._gradients():
-            if device_type == "cpu":
+            if device_type == "cpu" and gradient.dtype != torch.float32:
                 local_of(gradient).to(torch.float64)
         return 2.0 * (self.config.train.grad_clip or 1.0) * self.strategy.loss_scale.value
 

@@ -1,4 +1,4 @@
-"""What is done to a decoder from outside, block by block, whatever the strategy.
+"""What is done to a decoder from outside, part by part, whatever the strategy.
 
 Order matters: activation checkpointing first, then compile, then a strategy's own sharding.
 """
@@ -15,6 +15,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from scalellm.config import TrainConfig
 
+# After the blocks: RMSNorm and cross-entropy are many operators over large tensors.
+_COMPILED_TOO = ("norm", "output")
 _WRAPPER_NAMES = ("_checkpoint_wrapped_module", "_orig_mod", "module", "_fsdp_wrapped_module")
 
 # Dear to compute again and small to keep: the rest of a block is element-wise.
@@ -34,14 +36,15 @@ def canonical_fqn(name: str) -> str:
 
 
 def apply_transforms(model: nn.Module, train: TrainConfig) -> None:
-    """Checkpoints and compiles the blocks in `model.layers`, in place."""
+    """Checkpoints the blocks in `model.layers`, compiles them and what follows them, in place."""
     layers = model.get_submodule("layers")
     if train.activation_checkpointing != "none":
         for index, block in layers.named_children():
             layers.register_module(index, _checkpointed(block, train.activation_checkpointing))
     if train.compile:
-        for block in layers.children():
-            block.compile()
+        rest = [part for name, part in model.named_children() if name in _COMPILED_TOO]
+        for part in (*layers.children(), *rest):
+            part.compile()
 
 
 def _checkpointed(block: nn.Module, mode: str) -> nn.Module:

@@ -21,6 +21,7 @@ from scalellm.batches import Batch
 from scalellm.config import BatchPlan, Section, TrainConfig
 from scalellm.dist import World
 from scalellm.strategies._loss_scale import LossScale
+from scalellm.strategies._norm import norm_of
 from scalellm.strategies._state import MOMENTS, Piece, StateSource, check_names
 from scalellm.strategies._transforms import apply_transforms, canonical_fqn
 
@@ -181,16 +182,8 @@ class Strategy:
         return StepResult(grad_norm, skipped)
 
     def grad_norm(self) -> float:
-        """Global 2-norm of the accumulated gradients, equal on all ranks.
-
-        Accumulated in fp64: `torch.nn.utils.clip_grad_norm_` in fp32 on a CPU is 2.6e-5 off, which
-        alone moves a loss curve more than any strategy does.
-        """
-        gradients = self._gradients()
-        if not gradients:
-            return 0.0
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)
-        return float(torch.stack(norms).norm())
+        """Global 2-norm of the accumulated gradients, equal on all ranks."""
+        return norm_of(self._gradients())
 
     def _gradients(self) -> list[Tensor]:
         """Gradients as far as this rank holds them."""

@@ -28,6 +28,7 @@ from scalellm.strategies._deepspeed_build import (
     replay_steps,
 )
 from scalellm.strategies._deepspeed_config import DeepSpeedOptions, check, make_config, sharding
+from scalellm.strategies._norm import norm_of
 from scalellm.strategies._state import Piece, StateSource, check_names, flat_pieces, read_flat
 from scalellm.strategies._transforms import apply_transforms
 from scalellm.strategies._zero import ZeroState
@@ -162,9 +163,8 @@ class DeepSpeed(Strategy):
     def grad_norm(self) -> float:
         if self.zero is None:
             return super().grad_norm()
-        gradients = [part for part in self.zero.gradients() if part.numel()]
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)
-        [squares] = sum_over_ranks([float(torch.stack(norms).square().sum())], self.world.device)
+        local = norm_of([part for part in self.zero.gradients() if part.numel()])
+        [squares] = sum_over_ranks([local * local], self.world.device)
         return math.sqrt(squares) if squares >= 0 else math.nan
 
     def full_gradients(self) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scalellm.model import IGNORED_TARGET, Decoder
-from scalellm.model.loss import chunked_sum_of_losses, sum_of_losses
+from scalellm.model.loss import chunked_sum_of_losses, token_losses
 
 ROWS, LENGTH = 3, 12
 
@@ -100,7 +100,7 @@ def test_the_logits_never_exist_all_at_once() -> None:
     weight_VC = torch.randn(vocabulary, features, requires_grad=True)
     targets_BT = torch.randint(vocabulary, (1, tokens))
     with Largest() as whole:
-        sum_of_losses(x_BTC @ weight_VC.T, targets_BT).backward()
+        token_losses(x_BTC @ weight_VC.T, targets_BT).sum().backward()
     with Largest() as chunked:
         chunked_sum_of_losses(x_BTC, weight_VC, targets_BT, chunk_tokens).backward()
     assert whole.elements == tokens * vocabulary
