@@ -162,6 +162,9 @@ class Chooser:
             options = {**given.options, **options}
         found: list[Candidate] = []
         for mode in _CHECKPOINTING:
+            fastest_s = min(map(_seconds, found), default=float("inf"))
+            if fastest_s <= self._least_s(options, mode, sizes[-1], world_size):
+                continue
             found.append(self._largest_fitting(label, options, mode, sizes, world_size))
             if found[-1].refused or (found[-1].fits and self._rows(found[-1]) == sizes[-1]):
                 break  # to compute again only to save memory would be slower
@@ -169,6 +172,15 @@ class Chooser:
         if fitting:
             return min(fitting, key=_seconds)
         return min(found, key=lambda one: (bool(one.refused), one.over_bytes))
+
+    def _least_s(self, options: Values, mode: str, size: int, world_size: int) -> float:
+        """Seconds of the largest micro-batch, fits or not: no smaller one is faster; 0: unknown."""
+        train = {"micro_batch_size": size, "activation_checkpointing": mode}
+        try:
+            config = parse_config(merged(self.values, {"strategy": dict(options), "train": train}))
+            return step_time(config, world_size, self.device, self.efficiency).total_s
+        except ConfigError:
+            return 0.0
 
     def _largest_fitting(
         self, label: str, options: Values, mode: str, sizes: list[int], world_size: int

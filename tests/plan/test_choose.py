@@ -173,3 +173,27 @@ def test_hopeless_sizes_are_not_tried_again() -> None:
     assert asked.count(("none", 8)) <= 2
     best = rows(found)["fsdp offload"]
     assert best.fits
+
+
+def test_what_cannot_be_faster_is_not_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same plan as when everything is tried, from fewer estimates."""
+    asked: list[Config] = []
+
+    def counting(config: Config, world_size: int) -> Memory:
+        asked.append(config)
+        return estimate(config, world_size)
+
+    # Large enough for products to take the time: to compute blocks again is slower.
+    large = merged(VALUES, {"model": {"hidden_size": 1024, "num_heads": 8, "seq_len": 2048}})
+    states_bytes = 16 * count_parameters(parse_config(large).model)
+
+    def rows_of(limit: float) -> list[Any]:
+        found = Chooser(large, device(limit), counting).plan(8)
+        return [(row.label, row.changes, row.over_bytes, row.time) for row in found.rows]
+
+    limits = (states_bytes + 160e6, states_bytes + 260e6, states_bytes / 2)
+    sparing = [rows_of(limit) for limit in limits]
+    num_sparing = len(asked)
+    monkeypatch.setattr(Chooser, "_least_s", lambda *args: 0.0)
+    assert [rows_of(limit) for limit in limits] == sparing
+    assert num_sparing < len(asked) - num_sparing

@@ -55,6 +55,9 @@ def test_tables_a_config_to_paste_and_a_bill(
     # The dry run stands beside the estimate, with the same peak.
     lines = [line.split() for line in out.splitlines() if line.startswith(("estimate", "dry run"))]
     assert lines[0][1:] == lines[1][2:]
+    # So do its collectives beside the formula: the same counts, the same bytes.
+    sent = [line.split()[1:] for line in out.splitlines() if line.startswith(("all_", "reduce_"))]
+    assert sent and all(count == f and size == g for count, f, size, g in sent)
 
 
 def _with_train(changes: dict[str, Any]) -> dict[str, Any]:
