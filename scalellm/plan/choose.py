@@ -13,8 +13,8 @@ from typing import Any
 from scalellm.config import BatchPlan, Config, parse_config
 from scalellm.errors import ConfigError
 from scalellm.model import count_parameters
-from scalellm.plan.devices import Device
-from scalellm.plan.speed import Efficiency, StepTime, step_time
+from scalellm.plan.devices import Device, Efficiency
+from scalellm.plan.speed import StepTime, step_time
 from scalellm.plan.traffic import set_up
 from scalellm.plan.types import Memory
 

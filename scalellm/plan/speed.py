@@ -3,9 +3,9 @@
     step = max(matrix products + bytes moved, operators launched) + communication not hidden
            + optimizer
 
-Each is work over a data sheet's rate times a share of it that is reached (`Efficiency`). Nothing is
-calibrated yet: the shares are round numbers. Not known here: a slow rank, a busy network, the
-data's loading, checkpoints, evaluation, and what communication takes from the products beside it.
+Each is work over a data sheet's rate times a share of it that is reached (`Efficiency`): a round
+number, or fitted to runs (`calibrate`). Not known here: a slow rank, a busy network, the data's
+loading, checkpoints, evaluation, and what communication takes from the products beside it.
 
 Sources: Williams et al. 2009, "Roofline"; Thakur et al. 2005, "Optimization of Collective
 Communication Operations in MPICH" (ring costs); Zhao et al. 2023, "PyTorch FSDP" (overlap).
@@ -19,26 +19,9 @@ from dataclasses import dataclass
 
 from scalellm.config import Config
 from scalellm.model import count_parameters, flops_per_token
-from scalellm.plan.devices import Device
+from scalellm.plan.devices import Device, Efficiency
 from scalellm.plan.operators import Work, measure_work
 from scalellm.plan.traffic import Setup, Transfer, set_up, traffic
-
-
-@dataclass(frozen=True)
-class Efficiency:
-    """Shares of a data sheet's rates that a step reaches. Assumed, not measured.
-
-    matrix: large bf16 products of cuBLAS reach 60 to 80% of the sheet on A100 and H100. Attention
-    counts at the same rate with all keys, of which its kernel skips half and reaches half.
-    memory: large copies and element-wise kernels reach 80 to 90%. link: NCCL's large collectives
-    reach about 80% of NVLink and of the network. fused: what of a block's bytes and operators
-    `train.compile` leaves; the least certain.
-    """
-
-    matrix: float = 0.7
-    memory: float = 0.8
-    link: float = 0.8
-    fused: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -97,12 +80,13 @@ def step_time(
     """Returns the time of one optimizer step.
 
     Args:
+        efficiency: None: the device's own.
         work: what `measure_work` says of one micro-batch; None: measured here.
 
     Raises:
         ConfigError: as training would, or the device lacks `train.precision`.
     """
-    share = efficiency or Efficiency()
+    share = efficiency or device.efficiency
     setup = set_up(config, world_size)
     micro_batches = setup.batches.grad_accumulation
     rows = setup.batches.micro_batch_size
@@ -114,7 +98,7 @@ def step_time(
     forward_flops, backward_flops = _flops(config, rows * config.model.seq_len)
     compute_s = micro_batches * (forward_flops + backward_flops) / rate
     memory_s = micro_batches * left * (work.forward_bytes + work.backward_bytes) / bandwidth
-    launched_s = micro_batches * left * work.num_operators * device.launch_s
+    launched_s = micro_batches * left * work.num_operators * device.launch_s / share.launch
     transfers = traffic(config, world_size)
     times = [transfer_s(one, setup, device, share) for one in transfers]
     windows = {
@@ -196,7 +180,7 @@ def _host_s(transfer: Transfer, setup: Setup, device: Device, share: Efficiency)
         return 0.0
     # What `stride` ranks have reduced is a shard already: only once it goes to the host.
     shard_bytes = transfer.payload_bytes / transfer.ranks if transfer.stride == 1 else 0.0
-    return shard_bytes / (device.host_link_bytes_per_s * share.link)
+    return shard_bytes / (device.host_link_bytes_per_s * share.host)
 
 
 def _exposed_s(
@@ -234,8 +218,8 @@ def _optimizer_s(config: Config, setup: Setup, device: Device, share: Efficiency
     moved_bytes = numbers * element_bytes * parameters
     if device.is_cpu or "optimizer" not in setup.sharding.offloaded:
         return moved_bytes / (device.memory_bytes_per_s * share.memory)
-    update_s = moved_bytes / (device.host_memory_bytes_per_s * share.memory)
+    update_s = moved_bytes / (device.host_memory_bytes_per_s * share.host)
     if "parameters" in setup.sharding.offloaded:
         return update_s
     working_bytes = (setup.sharding.working_bytes or element_bytes) * parameters
-    return update_s + working_bytes / (device.host_link_bytes_per_s * share.link)
+    return update_s + working_bytes / (device.host_link_bytes_per_s * share.host)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from scalellm.config import Config, ModelConfig, TrainConfig, parse_config
-from scalellm.plan.devices import find_device
+from scalellm.plan.devices import Efficiency, find_device
 from scalellm.plan.operators import Work, measure_work
-from scalellm.plan.speed import Efficiency, step_time
+from scalellm.plan.speed import step_time
 
 NO_BYTES = Work(0, 0, 0)
 TINY = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "vocab_size": 512, "seq_len": 32}
