@@ -20,6 +20,7 @@ from scalellm.errors import ConfigError, UserError
 from scalellm.model import Decoder
 from scalellm.plan._buckets import Buckets
 from scalellm.plan._fakes import fake_group
+from scalellm.plan.allocator import Event
 from scalellm.plan.live import Kind, LiveBytes, Segment, local_of
 from scalellm.strategies import Strategy
 from scalellm.strategies.base import Options
@@ -51,6 +52,20 @@ class Trace:
 
 def record(config: Config, world_size: int, device_type: str) -> Trace:
     """Returns the trace of a step of rank 0; arguments and errors as of `dry_run`."""
+    return _record(config, world_size, device_type)[0]
+
+
+def record_events(config: Config, world_size: int, device_type: str) -> tuple[Trace, list[Event]]:
+    """Returns the same trace, and all allocations from the parameters' to the end of the step.
+
+    With `train.compile`, what compiled blocks never make is left out of the allocations.
+    """
+    trace, live = _record(config, world_size, device_type)
+    # Blocks are compiled one by one, what is between them is not.
+    return trace, live.events(fused_in="ward " if config.train.compile else "")
+
+
+def _record(config: Config, world_size: int, device_type: str) -> tuple[Trace, LiveBytes]:
     _check(config)
     config = as_on(config, device_type)
     world = World(rank=0, world_size=world_size, launcher="the planner")
@@ -75,7 +90,8 @@ def record(config: Config, world_size: int, device_type: str) -> Trace:
         step.take(plan.micro_batch_size, min(plan.grad_accumulation, 2), device_type)
         start, segments = live.segments(_STEP, away)
         first_times = max(1, plan.grad_accumulation - 1)
-        return Trace(start, segments, step.layer_bytes(), away, first_times)
+        trace = Trace(start, segments, step.layer_bytes(), away, first_times)
+    return trace, live
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ worth is said by runs that were left out of the fit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -18,15 +18,16 @@ import numpy as np
 from scalellm.config import Config
 from scalellm.errors import UserError
 from scalellm.plan.devices import Device, Efficiency
-from scalellm.plan.operators import measure_work
-from scalellm.plan.speed import StepTime, on_device, step_time
+from scalellm.plan.speed import StepTime, timing
 from scalellm.plan.traffic import set_up
 
 MIN_RUNS = 4
 # Standard deviations of logarithms: of a step's time beside the model, of a guess beside the truth.
-_NOISE, _GUESS = 0.05, 0.5
+_NOISE = 0.05
+_GUESSES = {"matrix": 0.5, "memory": 0.5, "link": 0.5, "host": 0.5, "launch": 1.5, "fused": 0.5}
 _MAX_FOLDS = 12
 _ROUNDS = 40
+_SLOWER_LAUNCHES = (1.0, 5.0, 25.0)
 # A factor whose uncertainty has hardly shrunk was not told by the runs.
 _TOLD = 0.8
 
@@ -119,10 +120,7 @@ class _Point:
 
 
 def _point(run: Measured) -> _Point:
-    setup = set_up(run.config, run.world_size)
-    config, train = on_device(run.config, run.device), run.config.train
-    rows, half = setup.batches.micro_batch_size, setup.computes_in_half
-    work = measure_work(config.model, train, rows, half=half)
+    setup, train = set_up(run.config, run.world_size), run.config.train
     factors = {"matrix", "memory", "launch"}
     if run.world_size > 1:
         factors.add("link")
@@ -131,16 +129,18 @@ def _point(run: Measured) -> _Point:
     if setup.sharding.offloaded and not run.device.is_cpu:
         factors.add("host")
 
-    def time(efficiency: Efficiency) -> StepTime:
-        return step_time(run.config, run.world_size, run.device, efficiency, work)
-
+    time = timing(run.config, run.world_size, run.device)
     return _Point(run.step_s, time, frozenset(factors))
 
 
 def _fit(points: Sequence[_Point], prior: Efficiency) -> tuple[Efficiency, frozenset[str]]:
-    """Gauss-Newton with halved steps; the function is smooth but for the roofline's edges."""
+    """Gauss-Newton from several starts: what launching costs is seen only where it costs most.
+
+    Errors count linearly where they are large, so that one disturbed run does not bend all others.
+    """
     names = sorted({name for point in points for name in point.factors})
     start = np.log([getattr(prior, name) for name in names])
+    guesses = np.array([_GUESSES[name] for name in names])
 
     def efficiency(logs: np.ndarray) -> Efficiency:
         values = dict(zip(names, map(float, np.exp(logs)), strict=True))
@@ -148,10 +148,34 @@ def _fit(points: Sequence[_Point], prior: Efficiency) -> tuple[Efficiency, froze
 
     def residuals(logs: np.ndarray) -> np.ndarray:
         shares = efficiency(logs)
-        errors = [math.log(p.time(shares).total_s / p.step_s) / _NOISE for p in points]
-        return np.array([*errors, *((logs - start) / _GUESS)])
+        ratios = np.array([point.time(shares).total_s / point.step_s for point in points])
+        errors = np.log(ratios) / _NOISE
+        soft = np.sign(errors) * np.sqrt(2 * (np.sqrt(1 + errors**2) - 1))
+        return np.array([*soft, *((logs - start) / guesses)])
 
-    logs, errors = start.copy(), residuals(start)
+    found = [_descend(residuals, first) for first in _starts(names, start)]
+    logs, errors = min(found, key=lambda one: float(one[1] @ one[1]))
+    slopes = _slopes(residuals, logs, errors)
+    widths = np.sqrt(np.diag(np.linalg.inv(slopes.T @ slopes)))
+    told = {
+        name for name, width in zip(names, widths, strict=True) if width < _TOLD * _GUESSES[name]
+    }
+    # A factor that no run tells is better left alone than moved by what ties it to another one.
+    kept = [log if name in told else old for name, log, old in zip(names, logs, start, strict=True)]
+    return efficiency(np.array(kept)), frozenset(told)
+
+
+def _starts(names: Sequence[str], start: np.ndarray) -> Iterator[np.ndarray]:
+    for slower in _SLOWER_LAUNCHES:
+        moved = start.copy()
+        moved[names.index("launch")] -= math.log(slower)
+        yield moved
+
+
+def _descend(
+    residuals: Callable[[np.ndarray], np.ndarray], start: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    logs, errors = start, residuals(start)
     for _ in range(_ROUNDS):
         slopes = _slopes(residuals, logs, errors)
         change = -np.linalg.lstsq(slopes, errors, rcond=None)[0]
@@ -160,14 +184,9 @@ def _fit(points: Sequence[_Point], prior: Efficiency) -> tuple[Efficiency, froze
             break
         moved = float(np.abs(improved[0] - logs).max(initial=0.0))
         logs, errors = improved
-        if moved < 1e-6:
+        if moved < 1e-5:
             break
-    slopes = _slopes(residuals, logs, errors)
-    widths = np.sqrt(np.diag(np.linalg.inv(slopes.T @ slopes)))
-    told = {name for name, width in zip(names, widths, strict=True) if width < _TOLD * _GUESS}
-    # A factor that no run tells is better left alone than moved by what ties it to another one.
-    kept = [log if name in told else old for name, log, old in zip(names, logs, start, strict=True)]
-    return efficiency(np.array(kept)), frozenset(told)
+    return logs, errors
 
 
 def _slopes(

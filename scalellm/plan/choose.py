@@ -24,7 +24,7 @@ Values = Mapping[str, Any]
 # Of a device's usable memory, left for the allocator's fragments and the estimate's own error.
 MARGIN = 0.05
 AS_GIVEN = "as given"
-_CHECKPOINTING = ("none", "selective", "full")
+_CHECKPOINTING = ("none", "selective", "alternate", "full")
 _MAX_MICRO_BATCH = 128  # rows; what is larger gains nothing more
 _MAX_RANKS = 1 << 12
 _WAYS_OUT = 3

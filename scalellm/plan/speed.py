@@ -14,14 +14,15 @@ Communication Operations in MPICH" (ring costs); Zhao et al. 2023, "PyTorch FSDP
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from scalellm.config import Config
 from scalellm.model import count_parameters, flops_per_token
 from scalellm.plan.devices import Device, Efficiency
 from scalellm.plan.operators import Work, measure_work
-from scalellm.plan.traffic import Setup, Transfer, set_up, traffic
+from scalellm.plan.traffic import Setup, Transfer, set_up, traffic, unit_shapes
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,29 @@ def step_time(
     Raises:
         ConfigError: as training would, or the device lacks `train.precision`.
     """
-    share = efficiency or device.efficiency
+    return timing(config, world_size, device, work)(efficiency or device.efficiency)
+
+
+def timing(
+    config: Config, world_size: int, device: Device, work: Work | None = None
+) -> Callable[[Efficiency], StepTime]:
+    """Returns the time of a step by the efficiencies; all else is found once, here."""
     setup = set_up(config, world_size)
-    micro_batches = setup.batches.grad_accumulation
-    rows = setup.batches.micro_batch_size
-    model = on_device(config, device).model
+    model, rows = on_device(config, device).model, setup.batches.micro_batch_size
     work = work or measure_work(model, config.train, rows, half=setup.computes_in_half)
+    return partial(_time, config, world_size, device, setup, work, traffic(config, world_size))
+
+
+def _time(
+    config: Config,
+    world_size: int,
+    device: Device,
+    setup: Setup,
+    work: Work,
+    transfers: list[Transfer],
+    share: Efficiency,
+) -> StepTime:
+    micro_batches, rows = setup.batches.grad_accumulation, setup.batches.micro_batch_size
     rate = device.matrix_rate(config.train.precision) * share.matrix
     bandwidth = device.memory_bytes_per_s * share.memory
     left = share.fused if config.train.compile else 1.0
@@ -99,7 +117,6 @@ def step_time(
     compute_s = micro_batches * (forward_flops + backward_flops) / rate
     memory_s = micro_batches * left * (work.forward_bytes + work.backward_bytes) / bandwidth
     launched_s = micro_batches * left * work.num_operators * device.launch_s / share.launch
-    transfers = traffic(config, world_size)
     times = [transfer_s(one, setup, device, share) for one in transfers]
     windows = {
         "forward": forward_flops / rate + left * work.forward_bytes / bandwidth,
@@ -136,6 +153,10 @@ def _flops(config: Config, num_tokens: int) -> tuple[float, float]:
     """FLOP of one micro-batch's forward and backward, with what is computed twice."""
     forward = num_tokens * flops_per_token(config.model) / 3
     backward = 2 * forward
+    if config.train.activation_checkpointing == "alternate":
+        # A block's matrices in the order of their use: every second product is computed again.
+        matrices = [math.prod(s) for s in unit_shapes(config.model)[0] if len(s) == 2]
+        backward += 2 * num_tokens * config.model.num_layers * sum(matrices[1::2])
     if config.train.activation_checkpointing == "full":
         # Only blocks are computed again, not the output projection.
         head = 2 * num_tokens * (config.model.vocab_size or 0) * config.model.hidden_size

@@ -20,7 +20,7 @@ VALUES: dict[str, Any] = {
     "strategy": {"name": "ddp"},
     "train": {"global_batch_size": 64, "micro_batch_size": 8},
 }
-ROW_BYTES = {"none": 1_000_000, "selective": 500_000, "full": 100_000}
+ROW_BYTES = {"none": 1_000_000, "selective": 500_000, "alternate": 350_000, "full": 100_000}
 
 
 def estimate(config: Config, world_size: int) -> Memory:

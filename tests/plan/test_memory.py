@@ -70,12 +70,15 @@ def test_checkpointing_keeps_a_block_s_input_only() -> None:
     model = parse_config({"model": {**TINY, "num_layers": 9}}).model
     kept = {
         mode: activations(model, TrainConfig(activation_checkpointing=mode), 2, 32)[0]
-        for mode in ("none", "selective", "full")
+        for mode in ("none", "selective", "alternate", "full")
     }
     fewer = model.model_copy(update={"num_layers": 8})
     without = activations(fewer, TrainConfig(activation_checkpointing="full"), 2, 32)[0]
     assert kept["full"] - without == 2 * 32 * 64 * 4
-    assert kept["none"] > kept["selective"] > kept["full"]
+    assert kept["none"] > kept["selective"] > kept["alternate"] > kept["full"]
+    # Of q, k, v, o, gate, up and down the second, fourth and sixth: 64, 64 and the MLP's features.
+    features = 64 + 64 + model.mlp_size
+    assert kept["selective"] - kept["alternate"] == 9 * 2 * 32 * features * 4
 
 
 ZERO = {"name": "deepspeed", "bucket_mb": 1}

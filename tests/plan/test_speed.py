@@ -108,6 +108,8 @@ def test_full_checkpointing_computes_a_third_again_of_the_blocks_only() -> None:
     again = small({"name": "single"}, 1, activation_checkpointing="full").compute_s
     assert 1 < again / plain < 4 / 3
     assert small({"name": "single"}, 1, activation_checkpointing="selective").compute_s == plain
+    half = small({"name": "single"}, 1, activation_checkpointing="alternate").compute_s
+    assert plain < half < plain + (again - plain) * 0.6
 
 
 def test_many_small_operators_are_as_slow_as_their_launches() -> None:
