@@ -56,13 +56,9 @@ def record(config: Config, world_size: int, device_type: str) -> Trace:
 
 
 def record_events(config: Config, world_size: int, device_type: str) -> tuple[Trace, list[Event]]:
-    """Returns the same trace, and all allocations from the parameters' to the end of the step.
-
-    With `train.compile`, what compiled blocks never make is left out of the allocations.
-    """
+    """Returns the same trace, and all allocations from the parameters' to the end of the step."""
     trace, live = _record(config, world_size, device_type)
-    # Blocks are compiled one by one, what is between them is not.
-    return trace, live.events(fused_in="ward " if config.train.compile else "")
+    return trace, live.events()
 
 
 def _record(config: Config, world_size: int, device_type: str) -> tuple[Trace, LiveBytes]:

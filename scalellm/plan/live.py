@@ -43,11 +43,6 @@ _COLLECTIVES: dict[str, CollectiveKind] = {
 }
 
 
-_aten = torch.ops.aten
-# What Inductor fuses besides element-wise operators.
-_FUSED = {_aten._to_copy, _aten.clone, _aten.cat, _aten.mean, _aten.sum, _aten.stack}
-
-
 @dataclass(frozen=True)
 class Traffic:
     """One collective; `payload_bytes` of the full tensor."""
@@ -87,29 +82,16 @@ class LiveBytes(TorchDispatchMode):
         self._kinds: dict[int, Kind] = {}
         self._last_number = 0
         self._streams: dict[int, str] = {}  # of what is not the computing's
-        self._fusible: set[int] = set()
 
     # -- what is seen -----------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self._watch_fusion(func, args, result)
         self.add(result)
         name = func._schema.name
         if "c10d" in name.partition("::")[0]:
             self._add_collective(name.partition("::")[2], (args, kwargs, result))
         return result
-
-    def _watch_fusion(self, func: Any, args: Any, result: Any) -> None:
-        """Keeps count of what element-wise operators make, and of what others need whole."""
-        if _is_element_wise(func):
-            before = self._last_number
-            self.add(result)
-            self._fusible.update(range(before + 1, self._last_number + 1))
-        elif not func.is_view:
-            for tensor in tree_leaves(args):
-                if isinstance(tensor, Tensor):
-                    self._fusible.discard(self._number_of(tensor))
 
     def add(self, tensors: Any) -> None:
         """Begins to count the storages of tensors, in any nesting."""
@@ -211,18 +193,12 @@ class LiveBytes(TorchDispatchMode):
         parts = zip(bounds, [*bounds[1:], len(self._log)], strict=True)
         return dict(level), [self._segment(start, stop, uncounted) for start, stop in parts]
 
-    def events(self, *, fused_in: str = "") -> list[Event]:
-        """Returns all allocations and frees from the beginning, for `allocator.reserved_bytes`.
-
-        Args:
-            fused_in: what the labels of segments have in them whose code is compiled: what
-                element-wise operators make and use up there among themselves is left out.
-        """
-        fused = self._fused(fused_in) if fused_in else frozenset()
+    def events(self) -> list[Event]:
+        """Returns all allocations and frees from the beginning, for `allocator.reserved_bytes`."""
         sizes: dict[int, int] = {}
         found = []
         for entry in self._log:
-            if not isinstance(entry, _Change) or entry.number in fused:
+            if not isinstance(entry, _Change):
                 continue
             stream = self._streams.get(entry.number, "compute")
             old_bytes = sizes.get(entry.number, 0)
@@ -231,21 +207,6 @@ class LiveBytes(TorchDispatchMode):
                 if size_bytes:
                     found.append(Event(entry.number, size_bytes, stream))
         return found
-
-    def _fused(self, word: str) -> frozenset[int]:
-        """Numbers of what an element-wise operator made, and others of the segment used up."""
-        found: set[int] = set()
-        made: set[int] = set()
-        inside = False
-        for entry in self._log:
-            if isinstance(entry, str):
-                made, inside = set(), word in entry
-            elif isinstance(entry, _Change) and inside and entry.number in self._fusible:
-                if entry.change_bytes > 0:
-                    made.add(entry.number)
-                elif entry.number in made:
-                    found.add(entry.number)
-        return frozenset(found)
 
     def _sum(self, entries: Iterable[object]) -> Counter[Kind]:
         level: Counter[Kind] = Counter()
@@ -268,10 +229,6 @@ class LiveBytes(TorchDispatchMode):
         traffic = [entry for entry in self._log[start:stop] if isinstance(entry, Traffic)]
         label = cast(str, self._log[start])
         return Segment(label, peak, dict(level), tuple(traffic))
-
-
-def _is_element_wise(func: Any) -> bool:
-    return torch.Tag.pointwise in func.tags or func.overloadpacket in _FUSED
 
 
 def local_of(tensor: Tensor) -> Tensor:
