@@ -56,7 +56,8 @@ class Row:
             return None
         tokens = self.config.train.global_batch_size * self.config.model.seq_len
         step_s = tokens / (speed * self.world_size)
-        return Measured(self.id, self.config, self.world_size, step_s, self.device)
+        update_s = self.values.get("optimizer_s")
+        return Measured(self.id, self.config, self.world_size, step_s, self.device, update_s)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What stands in for other ranks in a dry run: a group that answers at once, shards of rank 0."""
+"""What stands in for what is not here: other ranks in a dry run, and a GPU's own kernels."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as tdist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -62,3 +63,44 @@ class _Chunks:
         if length <= 0 and index > 0:
             return self._tensor.new_empty(0)
         return self._tensor.narrow(self._dim, start, length)
+
+
+@contextmanager
+def kernels_of(device_type: str) -> Iterator[None]:
+    """Takes the kernels that such a device has and a CPU has not.
+
+    RMSNorm on a GPU is one kernel where input and weight are of one type: it keeps its input and a
+    number a row, where a CPU's is put together from operators that keep wide copies. (Torch 2.13,
+    aten/src/ATen/native/layer_norm.cpp; autocast leaves the weight wide, and the operators apart.)
+    """
+    if device_type == "cpu":
+        yield
+        return
+    original = nn.RMSNorm.forward
+
+    def forward(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+        if norm.weight is None or norm.weight.dtype != x.dtype:
+            return original(norm, x)
+        made: Tensor = _FusedNorm.apply(x, norm.weight)
+        return made
+
+    nn.RMSNorm.forward = forward  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.RMSNorm.forward = original  # type: ignore[method-assign]
+
+
+class _FusedNorm(torch.autograd.Function):
+    """Takes and keeps what the kernel does, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+        ctx.save_for_backward(x, weight, scale)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)

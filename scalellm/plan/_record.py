@@ -19,7 +19,7 @@ from scalellm.dist import World
 from scalellm.errors import ConfigError, UserError
 from scalellm.model import Decoder
 from scalellm.plan._buckets import Buckets
-from scalellm.plan._fakes import fake_group
+from scalellm.plan._fakes import fake_group, kernels_of
 from scalellm.plan.allocator import Event
 from scalellm.plan.live import Kind, LiveBytes, Segment, local_of
 from scalellm.strategies import Strategy
@@ -76,6 +76,7 @@ def _record(config: Config, world_size: int, device_type: str) -> tuple[Trace, L
         if strategy_class.needs_process_group:
             stack.enter_context(fake_group(world_size))
         stack.enter_context(live.watching_resizes())
+        stack.enter_context(kernels_of(device_type))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         step = _Step(config, world, strategy_class, options, live, model)
         stack.callback(step.strategy.close)
@@ -111,6 +112,7 @@ def record_passes(config: Config, passes: Passes, device_type: str) -> Trace:
     model, live = _meta_model(config), LiveBytes()
     model.to(dtype=passes.dtype)
     with ExitStack() as stack:
+        stack.enter_context(kernels_of(device_type))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         step = _Step(config, World(), Strategy, Options(), live, model)
         for parameter in step.named.values() if not passes.keeps_gradients else ():

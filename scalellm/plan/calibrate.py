@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
@@ -36,7 +36,8 @@ _TOLD = 0.8
 class Measured:
     """A run: what was trained, how long a step took, and what each of its ranks had.
 
-    `device` is the one of a rank, as `find_device` returns it.
+    `device` is the one of a rank, as `find_device` returns it. `optimizer_s`, where it is known, is
+    what of the step the update took.
     """
 
     label: str
@@ -44,6 +45,7 @@ class Measured:
     world_size: int
     step_s: float
     device: Device
+    optimizer_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,23 @@ class _Point:
     """A run as the fit sees it: its time as a function of the factors, and which matter."""
 
     step_s: float
+    optimizer_s: float | None
     time: Callable[[Efficiency], StepTime]
     factors: frozenset[str]
+
+    def errors(self, efficiency: Efficiency) -> Iterator[tuple[float, float]]:
+        """Yields logarithms of predicted over measured, of the step or its two parts, and weights.
+
+        A part weighs what it has of the step.
+        """
+        time = self.time(efficiency)
+        if not self.optimizer_s or self.optimizer_s >= self.step_s:
+            yield math.log(time.total_s / self.step_s), 1.0
+            return
+        share = self.optimizer_s / self.step_s
+        passes_s = time.total_s - time.optimizer_s
+        yield math.log(time.optimizer_s / self.optimizer_s), share
+        yield math.log(passes_s / (self.step_s - self.optimizer_s)), 1 - share
 
 
 def _point(run: Measured) -> _Point:
@@ -130,7 +147,7 @@ def _point(run: Measured) -> _Point:
         factors.add("host")
 
     time = timing(run.config, run.world_size, run.device)
-    return _Point(run.step_s, time, frozenset(factors))
+    return _Point(run.step_s, run.optimizer_s, time, frozenset(factors))
 
 
 def _fit(points: Sequence[_Point], prior: Efficiency) -> tuple[Efficiency, frozenset[str]]:
@@ -148,9 +165,9 @@ def _fit(points: Sequence[_Point], prior: Efficiency) -> tuple[Efficiency, froze
 
     def residuals(logs: np.ndarray) -> np.ndarray:
         shares = efficiency(logs)
-        ratios = np.array([point.time(shares).total_s / point.step_s for point in points])
-        errors = np.log(ratios) / _NOISE
-        soft = np.sign(errors) * np.sqrt(2 * (np.sqrt(1 + errors**2) - 1))
+        pairs = np.array([pair for point in points for pair in point.errors(shares)])
+        errors = pairs[:, 0] / _NOISE
+        soft = np.sign(errors) * np.sqrt(2 * (np.sqrt(1 + errors**2) - 1) * pairs[:, 1])
         return np.array([*soft, *((logs - start) / guesses)])
 
     found = [_descend(residuals, first) for first in _starts(names, start)]
@@ -222,9 +239,9 @@ def merged_repeats(runs: Iterable[Measured]) -> list[Measured]:
         by_kind.setdefault(f"{kind} {run.world_size} {run.device!r}", []).append(run)
     found = []
     for same in by_kind.values():
-        step_s = median(run.step_s for run in same)
-        first = same[0]
-        found.append(Measured(first.label, first.config, first.world_size, step_s, first.device))
+        updates = [run.optimizer_s for run in same if run.optimizer_s is not None]
+        merged = replace(same[0], step_s=median(run.step_s for run in same))
+        found.append(replace(merged, optimizer_s=median(updates)) if updates else merged)
     return found
 
 

@@ -96,7 +96,9 @@ def timing(
     """Returns the time of a step by the efficiencies; all else is found once, here."""
     setup = set_up(config, world_size)
     model, rows = on_device(config, device).model, setup.batches.micro_batch_size
-    work = work or measure_work(model, config.train, rows, half=setup.computes_in_half)
+    kind = "cpu" if device.is_cpu else "cuda"
+    half = setup.computes_in_half
+    work = work or measure_work(model, config.train, rows, half=half, device_type=kind)
     return partial(_time, config, world_size, device, setup, work, traffic(config, world_size))
 
 

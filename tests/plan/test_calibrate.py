@@ -10,7 +10,7 @@ import pytest
 
 from scalellm.config import parse_config
 from scalellm.errors import UserError
-from scalellm.plan.calibrate import Measured, calibrate, merged_repeats
+from scalellm.plan.calibrate import Measured, calibrate, fit, merged_repeats
 from scalellm.plan.devices import Device, Efficiency, find_device
 from scalellm.plan.speed import step_time
 
@@ -103,3 +103,16 @@ def test_repeats_are_one_run(runs: list[Measured]) -> None:
     merged = merged_repeats(twice)
     assert [one.label for one in merged] == [runs[0].label, runs[1].label]
     assert merged[0].step_s == pytest.approx(1.1 * runs[0].step_s)
+
+
+def test_the_update_s_own_time_tells_more_than_the_step(runs: list[Measured]) -> None:
+    """One run: how fast products and the update are, told apart only by the parts of its step."""
+    one = runs[0]
+    time = step_time(one.config, one.world_size, one.device, TRUE)
+    slow = replace(time, optimizer_s=20 * time.optimizer_s)
+    whole = replace(one, step_s=slow.total_s)
+    parts = replace(whole, optimizer_s=slow.optimizer_s)
+    memory = [fit([run], Efficiency()).memory for run in (whole, parts)]
+    assert memory[1] < memory[0]  # the update is known to be what is slow
+    same = [replace(run, optimizer_s=update_s) for run, update_s in ((one, 1.0), (one, 3.0))]
+    assert merged_repeats(same)[0].optimizer_s == 2.0

@@ -257,3 +257,23 @@ def test_8_billion_parameters_over_1024_ranks_in_8_gb() -> None:
     # Two micro-batches: gathered in bf16 twice each, reduced in fp32 once each.
     assert sent_bytes == pytest.approx(2 * (2 * 2 + 4) * parameters, rel=1e-3)
     assert peak_bytes > 16 * parameters / 1024
+
+
+def test_a_gpu_s_norm_keeps_its_input_and_a_number_a_row() -> None:
+    made = [
+        config(
+            {"name": "fsdp", "param_dtype": "bf16"}, 2, model={"num_layers": n}, precision="bf16"
+        )
+        for n in (5, 6)
+    ]
+    kept = {
+        kind: [dry_run(one, 2, kind).memory.activations_bytes for one in made]
+        for kind in ("cpu", "cuda")
+    }
+    a_block = {kind: many - few for kind, (few, many) in kept.items()}
+    # Two norms a block, each of 2 x 32 x 64 numbers: apart, they keep two wide copies of them.
+    assert a_block["cpu"] - a_block["cuda"] == pytest.approx(2 * 2 * 2 * 32 * 64 * 4, rel=0.1)
+    # In fp32 nothing is wide, but what was normalised is still kept.
+    plain = config({"name": "single"})
+    assert dry_run(plain, 1, "cuda").memory.peak_bytes < dry_run(plain, 1, "cpu").memory.peak_bytes
+    assert torch.nn.RMSNorm(4)(torch.ones(4)).tolist() == pytest.approx([1.0] * 4)
