@@ -107,7 +107,7 @@ class Cell:
                 },
                 # The one at the end; in the background it would hold a copy of the state.
                 "checkpoint": {"asynchronous": False, "keep": 1},
-                "metrics": {"tensorboard": False},
+                "metrics": {"tensorboard": False, "predict_memory": False},
             },
             source=self.id,
         )

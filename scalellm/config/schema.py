@@ -222,6 +222,9 @@ class WandbConfig(Section):
 class MetricsConfig(Section):
     tensorboard: bool = setting(True, "event files under tensorboard/ in the run folder")
     wandb: WandbConfig | None = setting(None, "Weights & Biases; null: off")
+    predict_memory: bool = setting(
+        True, "predict the peak in a process beside the run, and say how far off it was"
+    )
 
 
 class Config(Section):

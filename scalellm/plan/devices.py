@@ -173,7 +173,7 @@ def measure_this_cpu() -> Device:
         rates["bf16"] = _gemm_flops(torch.bfloat16)
     return Device(
         name=THIS_CPU,
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory_bytes=machine_bytes(),
         rates=Rates.model_validate(rates),
         memory_bytes_per_s=bandwidth,
         node_link_bytes_per_s=_GLOO_BYTES_PER_S,
@@ -185,6 +185,11 @@ def measure_this_cpu() -> Device:
         launch_s=_CPU_OPERATOR_S,
         is_cpu=True,
     )
+
+
+def machine_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _gemm_flops(dtype: torch.dtype) -> float:

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from scalellm.model import count_parameters
-from scalellm.plan.choose import MARGIN, Candidate, Plan
+from scalellm.plan.candidates import Candidate
+from scalellm.plan.choose import MARGIN, Plan
 from scalellm.plan.dry_run import DryRun
 from scalellm.plan.traffic import collectives, traffic
 from scalellm.plan.types import Collective, Memory

@@ -9,10 +9,12 @@ import pytest
 from scalellm.config import Config, parse_config
 from scalellm.errors import ConfigError
 from scalellm.model import count_parameters
-from scalellm.plan.choose import AS_GIVEN, MARGIN, Chooser, Plan, merged
+from scalellm.plan.candidates import merged
+from scalellm.plan.choose import AS_GIVEN, MARGIN, Chooser, Plan
 from scalellm.plan.devices import Device, find_device
 from scalellm.plan.traffic import set_up
 from scalellm.plan.types import Memory
+from scalellm.plan.ways_out import more_ranks
 
 MODEL = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "vocab_size": 512, "seq_len": 32}
 VALUES: dict[str, Any] = {
@@ -120,8 +122,11 @@ def test_more_devices_are_a_way_out() -> None:
     small_rows = {"train": {"micro_batch_size": 1, "activation_checkpointing": "full"}}
     nearest = chooser._try("nearest", 8, small_rows)
     assert not nearest.fits
-    more = chooser._more_ranks(nearest)
+    more = more_ranks(nearest, chooser._try, big)
     assert more is not None and more.fits and more.world_size in (16, 32)
+    # The ranks of one CPU share its memory: more of them do not help.
+    one_cpu = big.model_copy(update={"is_cpu": True})
+    assert more_ranks(nearest, chooser._try, one_cpu) is None
 
 
 def test_what_the_config_says_stays() -> None:
