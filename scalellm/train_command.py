@@ -7,6 +7,7 @@ import importlib
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,15 +99,17 @@ def train(argv: Sequence[str]) -> int:
     if config.cluster.name == "ray" and started.launcher != "ray":
         return _start_on_ray(config, options.resume, started, argv)
     from scalellm.plan.forecast import BackgroundForecast
-    from scalellm.train import run_training
 
     failure = ""
-    try:
-        outcome = run_training(config, options.resume, BackgroundForecast())
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        failure = str(error).partition("\n")[0] or "Python's own memory"
+    with closing(BackgroundForecast(config, started)) as forecast:
+        from scalellm.train import run_training
+
+        try:
+            outcome = run_training(config, options.resume, forecast)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = str(error).partition("\n")[0] or "Python's own memory"
     if failure:  # not in the handler: what it holds of the run must be free before
         return _explain_out_of_memory(config, started, failure)
     if outcome.is_main:

@@ -14,7 +14,7 @@ from scalellm.dist import World
 from scalellm.plan.candidates import Candidate
 from scalellm.plan.choose import Chooser
 from scalellm.plan.devices import Device, Rates, machine_bytes
-from scalellm.plan.forecast import beside_bytes
+from scalellm.plan.forecast import beside_bytes, on_gpu
 from scalellm.plan.memory import estimate
 from scalellm.train import dump_config
 from scalellm.train.datasets import open_mixture, with_vocabulary
@@ -65,19 +65,18 @@ def explain(config: Config, world: World) -> str:
 
     Call it when the run's tensors and its process group are gone.
     """
-    on_gpu = torch.cuda.is_available() and config.run.device != "cpu"
     try:
         config = with_vocabulary(config, open_mixture(config))
-        limit_bytes = _limit_bytes(world, on_gpu=on_gpu)
-        return advice(config, world.world_size, "cuda" if on_gpu else "cpu", limit_bytes)
+        device_type = "cuda" if on_gpu(config) else "cpu"
+        return advice(config, world.world_size, device_type, _limit_bytes(world, device_type))
     except Exception as error:  # a second failure must not hide the first
         _log.debug("no advice: %s", error)
         return ""
 
 
-def _limit_bytes(world: World, *, on_gpu: bool) -> int:
+def _limit_bytes(world: World, device_type: str) -> int:
     """Memory of a GPU; or of this machine, or what a process may have, for each of its ranks."""
-    if on_gpu:
+    if device_type == "cuda":
         return int(torch.cuda.get_device_properties(world.local_rank).total_memory)
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     whole_bytes = machine_bytes() // world.local_world_size

@@ -1,7 +1,7 @@
 """The peak memory of a run, predicted by a process beside it: `python -m scalellm.plan.forecast`.
 
-A rank cannot run dry itself, since it is in a process group already, and the seconds that it takes
-would be lost to training. The process is as nice as can be and reads the config on stdin.
+A rank cannot run dry itself once it is in a process group, and before it would lose the seconds
+that it takes. The process is nicer than the ranks and reads the config on stdin.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import sys
 from contextlib import suppress
 
 from scalellm.config import Config, parse_config
-from scalellm.config.yaml_text import parse_yaml
+from scalellm.dist import World
 from scalellm.plan.types import Memory
-from scalellm.train import dump_config
 
 _log = logging.getLogger(__name__)
+# A prediction takes a few seconds: a shorter run would be over before it.
+LEAST_STEPS = 50
+_NICENESS = 5
 
 
 def predicted_peak_bytes(config: Config, world_size: int, device_type: str) -> int:
@@ -33,6 +35,13 @@ def predicted_peak_bytes(config: Config, world_size: int, device_type: str) -> i
     return memory.peak_bytes + beside_bytes(config, world_size, memory, device_type)
 
 
+def on_gpu(config: Config) -> bool:
+    """Whether a run of this config computes on a GPU here."""
+    import torch
+
+    return config.run.device != "cpu" and torch.cuda.is_available()
+
+
 def beside_bytes(config: Config, world_size: int, memory: Memory, device_type: str) -> int:
     """What a rank's process has beside its tensors: on a CPU the heap is the same memory."""
     if device_type != "cpu":
@@ -43,22 +52,25 @@ def beside_bytes(config: Config, world_size: int, memory: Memory, device_type: s
 
 
 class BackgroundForecast:
-    """A `train.forecast.Forecast` that a process of its own computes."""
+    """A `train.forecast.Forecast` that a process of its own computes, from now on.
 
-    def __init__(self) -> None:
+    Begun as early as can be, so that both load their libraries at the same time.
+    """
+
+    def __init__(self, config: Config, world: World) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._peak_bytes: int | None = None
-
-    def begin(self, config: Config, world_size: int, device_type: str) -> None:
-        question = {"config": dump_config(config), "world_size": world_size, "device": device_type}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        is_worth_it = config.metrics.predict_memory and config.train.steps >= LEAST_STEPS
+        if not (world.is_main and is_worth_it):
+            return
+        question = {"config": config.model_dump(mode="json"), "world_size": world.world_size}
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "scalellm.plan.forecast"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env=environment,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
             assert self._process.stdin is not None
             with self._process.stdin as stdin:
@@ -95,10 +107,14 @@ class BackgroundForecast:
 
 def main() -> int:
     """Answers the question on stdin with a number of bytes."""
-    os.nice(19)
+    from scalellm.train.datasets import open_mixture, with_vocabulary
+
+    os.nice(_NICENESS)
     question = json.load(sys.stdin)
-    values = parse_yaml(question["config"], "the run's config")
-    print(predicted_peak_bytes(parse_config(values), question["world_size"], question["device"]))
+    config = parse_config(question["config"])
+    config = with_vocabulary(config, open_mixture(config))
+    device_type = "cuda" if on_gpu(config) else "cpu"
+    print(predicted_peak_bytes(config, question["world_size"], device_type))
     return 0
 
 

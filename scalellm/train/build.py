@@ -82,8 +82,7 @@ def run_training(
         mixture = open_mixture(config)
         config = with_vocabulary(config, mixture)
         check_resources(config, plan, world, strategy_class.sharding(options, world, config.train))
-        memory = MemoryWatch(forecast, config, world)
-        stack.callback(memory.close)
+        memory = MemoryWatch(forecast, world)
         resuming = resume is not None or world.restarts > 0
         folder = stack.enter_context(_claimed(config, world, resuming=resuming))
         source = find_checkpoint(folder, resume, world)

@@ -11,12 +11,9 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from scalellm.config import Config
 from scalellm.dist import World
 from scalellm.metrics import Row
 
-# A prediction takes a few seconds of another process: a shorter run would be over before it.
-LEAST_STEPS = 50
 # The first step makes the optimizer's state: the second is the first that has all there will be.
 _STEPS_TO_PEAK = 2
 
@@ -24,14 +21,8 @@ _STEPS_TO_PEAK = 2
 class Forecast(Protocol):
     """Predicts the peak of rank 0 in the background; whatever fails in it, the run goes on."""
 
-    def begin(self, config: Config, world_size: int, device_type: str) -> None:
-        """Starts to predict; returns at once."""
-
     def peak_bytes(self) -> int | None:
         """The peak, as `MemoryWatch` measures it; None while, or because, it is not known."""
-
-    def close(self) -> None:
-        """Gives up what is not done; may be called twice."""
 
 
 class MemoryWatch:
@@ -40,16 +31,13 @@ class MemoryWatch:
     Measured are bytes of the device, or on a CPU resident ones above those before the model.
     """
 
-    def __init__(self, forecast: Forecast | None, config: Config, world: World) -> None:
-        wanted = config.metrics.predict_memory and config.train.steps >= LEAST_STEPS
-        self._forecast = forecast if wanted and world.is_main else None
+    def __init__(self, forecast: Forecast | None, world: World) -> None:
+        self._forecast = forecast
         self._on_cpu = world.device.type == "cpu"
         self._steps = 0
         self._said = self._compared = False
         self.predicted_bytes: int | None = None
         self.baseline_rss_bytes = 0
-        if self._forecast is not None:
-            self._forecast.begin(config, world.world_size, world.device.type)
 
     def before_step(self) -> None:
         """Says what is predicted, once it is known."""
@@ -74,10 +62,6 @@ class MemoryWatch:
             f"peak so far: {_gib(measured_bytes)}, predicted {_gib(self.predicted_bytes)} "
             f"({error:+.1%})"
         )
-
-    def close(self) -> None:
-        if self._forecast is not None:
-            self._forecast.close()
 
 
 def _say(text: str) -> None:
