@@ -7,8 +7,13 @@ import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from scalellm.errors import EXIT_DONE, UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from scalellm.report.document import Chart
+    from scalellm.report.runs import Run
 
 Command = Callable[[Sequence[str]], int]
 
@@ -126,12 +131,22 @@ def _report(argv: Sequence[str]) -> int:
         metavar="DIR",
         help="folder to write (default: the run's own, or ./report for several runs)",
     )
+    parser.add_argument(
+        "--plan", action="store_true", help="also what the planner predicts of their memory"
+    )
     options = parser.parse_intermixed_args(argv)
     from scalellm.report import report_runs
 
-    page, *others = report_runs(options.runs, options.out)
+    more = _planned if options.plan else None
+    page, *others = report_runs(options.runs, options.out, more)
     print(f"{page} (also {others[0].name} and {len(others) - 1} plots)")
     return EXIT_DONE
+
+
+def _planned(runs: list[Run]) -> list[Chart]:
+    from scalellm.plan.chart import measured_chart, run_rows
+
+    return measured_chart(run_rows(runs))
 
 
 def _bench(argv: Sequence[str]) -> int:

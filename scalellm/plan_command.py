@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from scalellm.commands import Parser, check_output_file
 from scalellm.errors import EXIT_DONE, EXIT_FAILURE, UserError
+
+if TYPE_CHECKING:
+    from scalellm.plan.devices import Device
 
 _SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _EPILOG = """\
@@ -31,6 +36,9 @@ def plan(argv: Sequence[str]) -> int:
         "--dry-run", action="store_true", help="also take a step of the recommended way, dry"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument(
+        "--chart", type=Path, metavar="FILE.png", help="draw memory by strategy and world size"
+    )
     parser.add_argument(
         "--calibrate",
         nargs="+",
@@ -56,11 +64,12 @@ def plan(argv: Sequence[str]) -> int:
     if options.price is not None and not 0 <= options.price < 1e6:
         raise UserError(f"--price={options.price:g} an hour must be a number of 0 or more")
     check_output_file("--json", options.json)
+    check_output_file("--chart", options.chart)
+    if options.chart is not None and options.chart.suffix != ".png":
+        raise UserError(f"--chart={options.chart} must end in .png")
     num_tokens = None if options.tokens is None else _number(options.tokens)
     if options.price is not None and num_tokens is None:
         raise UserError("--price needs --tokens beside it: the tokens to train on, such as 300B")
-
-    from functools import partial
 
     from scalellm.config import read_yaml
     from scalellm.config.yaml_text import merge_overrides
@@ -78,6 +87,8 @@ def plan(argv: Sequence[str]) -> int:
     if options.json:
         text = to_json(found, num_tokens, options.price)
         options.json.write_text(text + "\n", encoding="utf-8")
+    if options.chart:
+        _draw(options.chart, values, options.gpus, device)
     if options.dry_run and found.best is not None and found.best.config is not None:
         try:
             dry = dry_run(found.best.config, options.gpus, kind)
@@ -85,6 +96,17 @@ def plan(argv: Sequence[str]) -> int:
         except UserError as error:
             print(f"\nno dry run: {error}")
     return EXIT_DONE if found.best is not None else EXIT_FAILURE
+
+
+def _draw(path: Path, values: dict[str, Any], world_size: int, device: Device) -> None:
+    from scalellm.plan.chart import by_strategy_and_world, memory_figure
+    from scalellm.plan.memory import estimate
+    from scalellm.report.figures import write_png
+
+    estimator = partial(estimate, device_type="cpu" if device.is_cpu else "cuda")
+    rows = by_strategy_and_world(values, world_size, device, estimator)
+    write_png(memory_figure(rows, device.usable_bytes), path)
+    print(f"\nmemory by strategy and world size: {path}")
 
 
 def _calibrate(options: argparse.Namespace) -> int:

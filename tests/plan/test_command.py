@@ -32,7 +32,7 @@ def test_tables_a_config_to_paste_and_a_bill(
 ) -> None:
     figures = tmp_path / "plan.json"
     words = [str(config), "--gpus", "2", "--device", "a100-40g", "--json", str(figures)]
-    words += ["train.micro_batch_size=4"]
+    words += ["train.micro_batch_size=4", "--chart", str(tmp_path / "memory.png")]
     assert main(["plan", *words, "--tokens", "1B", "--price", "2.5", "--dry-run"]) == 0
     out = capsys.readouterr().out
     report = json.loads(figures.read_text())
@@ -52,6 +52,7 @@ def test_tables_a_config_to_paste_and_a_bill(
     changed = parse_config({**CONFIG, **_with_train(yaml.safe_load(pasted))})
     assert changed.strategy.name == best["changes"]["strategy"]["name"]
     changed.batches(2)
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
     # The dry run stands beside the estimate, with the same peak.
     lines = [line.split() for line in out.splitlines() if line.startswith(("estimate", "dry run"))]
     assert lines[0][1:] == lines[1][2:]
@@ -92,6 +93,7 @@ def test_nothing_fits(config: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         ),
         (["model.vocab_size=null"], "vocab_size is null"),
         (["--json", "/nowhere/at/all.json"], "there is no folder"),
+        (["--chart", "memory.svg"], "--chart=memory.svg must end in .png"),
     ],
 )
 def test_mistakes(
