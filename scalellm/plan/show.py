@@ -104,7 +104,11 @@ def _verdict(plan: Plan, num_tokens: float | None, price_per_hour: float | None)
         tried = [row for row in _rows(plan) if row.memory is not None]
         nearest = min(tried, key=lambda row: row.over_bytes, default=None)
         lack = f": at least {nearest.over_bytes / _GB:.1f} GB a rank are missing" if nearest else ""
-        lines.append(f"nothing fits{lack}")
+        helps = any(way.fits for way in plan.ways_out)
+        nor = (
+            "" if helps else "; no single change that was tried, more devices among them, is enough"
+        )
+        lines.append(f"nothing fits{lack}{nor}")
     if plan.ways_out:
         lines.append("ways out:")
     lines += [f"  {_way_out(way)}" for way in plan.ways_out]

@@ -75,6 +75,34 @@ def test_nothing_fits(config: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["plan", str(config), "--device", str(device)]) == 1
     out = capsys.readouterr().out
     assert "nothing fits: at least" in out and "put this" not in out
+    assert "no single change that was tried, more devices among them, is enough" in out
+
+
+def test_a_model_that_fits_nowhere_is_told_by_how_much(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Llama 3 405B on one V100: not by any strategy, nor by any change of the best one."""
+    path, figures = tmp_path / "405b.yaml", tmp_path / "plan.json"
+    shape = {"num_layers": 126, "hidden_size": 16384, "num_heads": 128, "num_kv_heads": 8}
+    shape |= {"intermediate_size": 53248, "vocab_size": 128256, "seq_len": 131072}
+    train = {"global_batch_size": 1, "precision": "fp16"}
+    path.write_text(
+        yaml.safe_dump({"model": shape, "strategy": {"name": "single"}, "train": train})
+    )
+    words = ["--gpus", "1", "--device", "v100-16g", "--json", str(figures)]
+    assert main(["plan", str(path), *words]) == 1
+    out, report = capsys.readouterr().out, json.loads(figures.read_text())
+    assert report["best"] is None
+    missing = min(row["over_bytes"] for row in report["variants"] if not row["refused"])
+    for row in report["variants"]:
+        if not row["refused"]:
+            peak_bytes = row["memory"]["peak_bytes"]
+            assert row["over_bytes"] == peak_bytes - report["limit_bytes"] > 0
+    assert f"nothing fits: at least {missing / 1e9:.1f} GB a rank are missing" in out
+    assert report["ways_out"] and not any(way["fits"] for way in report["ways_out"])
+    assert "more devices among them, is enough" in out
+    smallest = report["ways_out"][0]
+    assert f"still {smallest['over_bytes'] / 1e9:.1f} GB over" in out
 
 
 @pytest.mark.parametrize(
