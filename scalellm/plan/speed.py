@@ -3,9 +3,10 @@
     step = max(matrix products + bytes moved, operators launched) + communication not hidden
            + optimizer
 
-Each is work over a data sheet's rate times a share of it that is reached (`Efficiency`): a round
-number, or fitted to runs (`calibrate`). Not known here: a slow rank, a busy network, the data's
-loading, checkpoints, evaluation, and what communication takes from the products beside it.
+(on a CPU products, bytes and launches add up). Each is work over a data sheet's rate times a share
+of it that is reached (`Efficiency`): a round number, or fitted to runs (`calibrate`). Not known
+here: a slow rank, a busy network, the data's loading, checkpoints, evaluation, and what
+communication takes from the products beside it.
 
 Sources: Williams et al. 2009, "Roofline"; Thakur et al. 2005, "Optimization of Collective
 Communication Operations in MPICH" (ring costs); Zhao et al. 2023, "PyTorch FSDP" (overlap).
@@ -29,9 +30,9 @@ from scalellm.plan.traffic import Setup, Transfer, set_up, traffic, unit_shapes
 class StepTime:
     """Seconds of one optimizer step; the parts add up to `total_s`.
 
-    `launch_s` is what launching operators takes longer than running them. `communication_s`, all of
-    it, hidden or not, is beside the sum. `tokens` are those of the global batch, `model_flops` what
-    they need of one device, with nothing computed twice.
+    `launch_s` is what launching operators takes, on a GPU longer than running them.
+    `communication_s`, all of it, hidden or not, is beside the sum. `tokens` are those of the global
+    batch, `model_flops` what they need of one device, with nothing computed twice.
     """
 
     compute_s: float
@@ -130,10 +131,12 @@ def _time(
         for phase, window_s in [*windows.items(), ("step", 0.0)]
     )
     tokens = config.train.global_batch_size * config.model.seq_len
+    # A GPU is told what to do while it works; a CPU tells itself, before each operator.
+    hidden_s = 0.0 if device.is_cpu else compute_s + memory_s
     return StepTime(
         compute_s,
         memory_s,
-        max(0.0, launched_s - compute_s - memory_s),
+        max(0.0, launched_s - hidden_s),
         exposed_s,
         _optimizer_s(config, setup, device, share),
         sum(times),

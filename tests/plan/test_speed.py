@@ -143,3 +143,15 @@ def test_work_is_that_of_the_decoder() -> None:
     half = measure_work(model, train.model_copy(update={"precision": "bf16"}), 1, half=True)
     cast = measure_work(model, train.model_copy(update={"precision": "bf16"}), 1)
     assert half.forward_bytes < cast.forward_bytes
+
+
+def test_launching_adds_up_on_a_cpu_and_hides_on_a_gpu() -> None:
+    of = config(TINY, {"name": "single"}, global_batch_size=4)
+    gpu = find_device("a100-80g")
+    work = Work(0, 0, 100)
+    on_gpu, on_cpu = (
+        step_time(of, 1, gpu.model_copy(update={"is_cpu": is_cpu}), Efficiency(), work)
+        for is_cpu in (False, True)
+    )
+    assert on_cpu.launch_s == pytest.approx(100 * gpu.launch_s)
+    assert on_gpu.launch_s == pytest.approx(100 * gpu.launch_s - on_gpu.compute_s)
