@@ -12,6 +12,7 @@ import yaml
 from scalellm.model import count_parameters
 from scalellm.plan.candidates import Candidate
 from scalellm.plan.choose import MARGIN, Plan
+from scalellm.plan.devices import Efficiency
 from scalellm.plan.dry_run import DryRun
 from scalellm.plan.traffic import collectives, traffic
 from scalellm.plan.types import Collective, Memory
@@ -37,10 +38,11 @@ def paste(candidate: Candidate) -> str:
 def _headline(plan: Plan) -> str:
     device, config = plan.device, plan.given.config
     size = f"{count_parameters(config.model):,} parameters, " if config else ""
+    whose = "assumed" if device.efficiency == Efficiency() else "the device file's"
     return (
         f"{size}{plan.world_size:,} x {device.name}: {plan.limit_bytes / _GB:.1f} GB of "
         f"{device.memory_bytes / _GB:.1f} GB each for tensors ({device.usable_share:.0%} usable, "
-        f"{MARGIN:.0%} margin). Speeds are rooflines with assumed efficiencies, not measurements."
+        f"{MARGIN:.0%} margin). Speeds are rooflines with {whose} efficiencies, not measurements."
     )
 
 

@@ -27,18 +27,28 @@ def ways_out(
         return []
     nearest = min(possible, key=lambda row: row.over_bytes)
     tried = [attempt(label, world_size, changes) for label, changes in _steps(nearest, device)]
-    more = more_ranks(nearest, attempt, device)
-    tried = [one for one in [*tried, *([more] if more else [])] if one.memory is not None]
-    helping = [one for one in tried if one.over_bytes < nearest.over_bytes]
+    found = [_smaller_micro_batch(nearest, attempt), *tried, more_ranks(nearest, attempt, device)]
+    helping = [one for one in found if one and one.memory and one.over_bytes < nearest.over_bytes]
     helping.sort(key=lambda one: (not one.fits, _is_another_model(one), one.over_bytes))
     return helping[:_WAYS_OUT]
+
+
+def _smaller_micro_batch(nearest: Candidate, attempt: Attempt) -> Candidate | None:
+    """The largest that fits, by halving, else that of one sample; None if there is none smaller."""
+    assert nearest.config is not None
+    found, size = None, nearest.config.batches(nearest.world_size).micro_batch_size // 2
+    while size >= 1:
+        changes = merged(nearest.changes, {"train": {"micro_batch_size": size}})
+        found = attempt(f"train.micro_batch_size={size}", nearest.world_size, changes)
+        if found.fits:
+            break
+        size //= 2
+    return found
 
 
 def _steps(nearest: Candidate, device: Device) -> Iterator[tuple[str, Values]]:
     assert nearest.config is not None
     before, train, model = nearest.changes, nearest.config.train, nearest.config.model
-    if nearest.config.batches(nearest.world_size).micro_batch_size > 1:
-        yield "train.micro_batch_size=1", merged(before, {"train": {"micro_batch_size": 1}})
     if train.activation_checkpointing != "full":
         full = {"train": {"activation_checkpointing": "full"}}
         yield "train.activation_checkpointing=full", merged(before, full)

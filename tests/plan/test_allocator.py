@@ -84,6 +84,13 @@ def test_a_step_reserves_more_than_its_tensors(expandable: bool) -> None:
     }
     trace, events = record_events(parse_config(values), 8, "cuda")
     tensors_bytes = summarize(trace)[0].peak_bytes
+    level = most = 0
+    for event in events:
+        level += event.size_bytes
+        most = max(most, level)
+    # The step itself, or the first one, in which the optimizer's state is made.
+    assert most == pytest.approx(tensors_bytes, rel=0.02)
+    assert level == sum(trace.start.values()) + sum(sum(s.change.values()) for s in trace.segments)
     found = reserved_bytes(events, expandable=expandable)
     assert tensors_bytes < found < 1.5 * tensors_bytes
     assert {event.stream for event in events} == {"compute", "all_gather", "reduce_scatter"}

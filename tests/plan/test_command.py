@@ -40,7 +40,7 @@ def test_tables_a_config_to_paste_and_a_bill(
     best = report["best"]
     assert best["fits"] and best["memory"]["peak_bytes"] < report["limit_bytes"]
     assert f"recommended: {best['label']}" in out and "1,000,000,000 tokens take" in out
-    assert "not measurements" in out and "as given: not possible" in out
+    assert "with assumed efficiencies, not measurements" in out and "as given: not possible" in out
     seconds = 1e9 / best["time"]["tokens_per_s"]
     assert report["days"] == pytest.approx(seconds / 86_400)
     assert report["cost"] == pytest.approx(seconds / 3600 * 2 * 2.5)

@@ -58,7 +58,8 @@ def test_runs_of_this_cpu_make_a_device_to_plan_with(
     capsys.readouterr()
     config = str(runs / "64x32" / "config.yaml")
     assert main(["plan", config, "--device", str(out)]) == 0
-    assert "x mine" in capsys.readouterr().out
+    planned = capsys.readouterr().out
+    assert "x mine" in planned and "with the device file's efficiencies" in planned
 
 
 def test_what_is_read_is_the_steps_after_the_first_ones(runs: Path) -> None:
