@@ -1,6 +1,6 @@
 """The planner against figures that others have published, from their configs.
 
-    scalellm bench published [--only 8b-8,13b-offload] [--json FILE] [--markdown FILE]
+    scalellm bench published [--only 8b-8,13b-offload] [--fit] [--json FILE] [--markdown FILE]
 
 `published.yaml` has the figures and where each stands. Throughput is predicted with efficiencies
 fitted to other rows on the same kind of device, never to rows of the same family; memory is
@@ -64,6 +64,9 @@ def main(argv: list[str] | None = None) -> int:
     """Prints predicted beside published; returns 0, whatever the ratios are."""
     args = _parse(argv)
     rows = read_rows()
+    if args.fit:
+        print(fitted(rows))
+        return 0
     chosen = _chosen(rows, args.only)
     found = [_compare(row, rows) for row in chosen]
     report = {"rows": found, **summary(found)}
@@ -81,6 +84,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         prog="scalellm bench published", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--only", help="rows, by comma; default: all")
+    parser.add_argument(
+        "--fit", action="store_true", help="only fit each kind of device to all of its rows"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     return parser.parse_args(argv)
@@ -173,6 +179,20 @@ def predict_speed(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
         "calibrated_on": len(others),
         "efficiency": efficiency.model_dump(),
     }
+
+
+def fitted(rows: Sequence[Row]) -> str:
+    """Returns the efficiencies of each kind of device, as `devices.yaml` has them."""
+    lines = []
+    for kind in dict.fromkeys(row.kind for row in rows):
+        runs = [row.measured for row in rows if row.kind == kind and row.measured]
+        found = fit(runs, Efficiency()).model_dump()
+        moved = {
+            name: value for name, value in found.items() if value != getattr(Efficiency(), name)
+        }
+        shares = ", ".join(f"{name}: {value:.2f}" for name, value in moved.items())
+        lines.append(f"{kind}: efficiency: {{{shares}}}  # {len(runs)} rows")
+    return "\n".join(lines)
 
 
 # -- what is said of them -----------------------------------------------------------------------

@@ -38,7 +38,7 @@ def paste(candidate: Candidate) -> str:
 def _headline(plan: Plan) -> str:
     device, config = plan.device, plan.given.config
     size = f"{count_parameters(config.model):,} parameters, " if config else ""
-    whose = "assumed" if device.efficiency == Efficiency() else "the device file's"
+    whose = "assumed" if device.efficiency == Efficiency() else "fitted"
     return (
         f"{size}{plan.world_size:,} x {device.name}: {plan.limit_bytes / _GB:.1f} GB of "
         f"{device.memory_bytes / _GB:.1f} GB each for tensors ({device.usable_share:.0%} usable, "

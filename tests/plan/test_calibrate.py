@@ -32,6 +32,11 @@ SHAPES: list[tuple[int, int, int, int, str, bool]] = [
 ]
 
 
+def a100() -> Device:
+    """With the assumed efficiencies, to begin from."""
+    return find_device("a100-80g").model_copy(update={"efficiency": Efficiency()})
+
+
 def run(shape: tuple[int, int, int, int, str, bool], device: Device, error: float = 0) -> Measured:
     hidden, seq_len, rows, ranks, strategy, compiles = shape
     values: dict[str, Any] = {
@@ -53,7 +58,7 @@ def run(shape: tuple[int, int, int, int, str, bool], device: Device, error: floa
 @pytest.fixture(scope="module")
 def runs() -> list[Measured]:
     noise = np.random.default_rng(0).normal(0, 0.01, len(SHAPES))
-    device = find_device("a100-80g")
+    device = a100()
     return [run(shape, device, error) for shape, error in zip(SHAPES, noise, strict=True)]
 
 
@@ -77,7 +82,7 @@ def test_the_error_on_runs_left_out_is_not_that_of_the_fit(runs: list[Measured])
 
 
 def test_many_runs_are_left_out_in_parts(runs: list[Measured]) -> None:
-    device = find_device("a100-80g")
+    device = a100()
     more = [run((512, 64 * n, 4, 1, "single", False), device) for n in range(2, 8)]
     found = calibrate([*runs, *more])
     assert [one.run for one in found.held_out] == [*runs, *more]
@@ -85,7 +90,7 @@ def test_many_runs_are_left_out_in_parts(runs: list[Measured]) -> None:
 
 def test_what_runs_do_not_tell_stays(runs: list[Measured]) -> None:
     """Large products only: how fast operators are launched cannot be seen in them."""
-    device = find_device("a100-80g")
+    device = a100()
     large = [run((8192, 4096, rows, 1, "single", False), device) for rows in (1, 2, 4, 8)]
     found = calibrate(large)
     assert found.told == {"matrix"} or found.told == {"matrix", "memory"}

@@ -40,7 +40,7 @@ def test_tables_a_config_to_paste_and_a_bill(
     best = report["best"]
     assert best["fits"] and best["memory"]["peak_bytes"] < report["limit_bytes"]
     assert f"recommended: {best['label']}" in out and "1,000,000,000 tokens take" in out
-    assert "with assumed efficiencies, not measurements" in out and "as given: not possible" in out
+    assert "with fitted efficiencies, not measurements" in out and "as given: not possible" in out
     seconds = 1e9 / best["time"]["tokens_per_s"]
     assert report["days"] == pytest.approx(seconds / 86_400)
     assert report["cost"] == pytest.approx(seconds / 3600 * 2 * 2.5)
@@ -75,6 +75,7 @@ def test_nothing_fits(config: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["plan", str(config), "--device", str(device)]) == 1
     out = capsys.readouterr().out
     assert "nothing fits: at least" in out and "put this" not in out
+    assert "with assumed efficiencies" in out
     assert "no single change that was tried, more devices among them, is enough" in out
 
 

@@ -59,7 +59,7 @@ def test_runs_of_this_cpu_make_a_device_to_plan_with(
     config = str(runs / "64x32" / "config.yaml")
     assert main(["plan", config, "--device", str(out)]) == 0
     planned = capsys.readouterr().out
-    assert "x mine" in planned and "with the device file's efficiencies" in planned
+    assert "x mine" in planned and "with fitted efficiencies" in planned
 
 
 def test_what_is_read_is_the_steps_after_the_first_ones(runs: Path) -> None:
