@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
+from _sweep_cells import Cell
+
+from scalellm.errors import UserError
+from scalellm.plan.chart import memory_figure, planned
 from scalellm.report import charts
 from scalellm.report.charts import Bar, Line, Stack
 from scalellm.report.document import Chart, is_number
@@ -28,6 +33,7 @@ def sweep_charts(cells: list[SweepCell]) -> list[Chart]:
     kinds: tuple[Callable[[_Size], Iterable[Chart]], ...] = (
         _throughput,
         _memory,
+        _planned_memory,
         _efficiency,
         _step_time,
         _losses,
@@ -122,6 +128,28 @@ def _memory(size: _Size) -> Iterable[Chart]:
     )
     figure = charts.bars(rows, "MiB a rank", mark="theory", points="a rank")
     yield size.chart("memory", "Memory per rank against theory", caption, figure)
+
+
+def _planned_memory(size: _Size) -> Iterable[Chart]:
+    """What `scalellm plan` says of the same cells; those it does not know are left out."""
+    rows = []
+    for cell in size.measured:
+        on_gpu = any(cell.get("peak_device_bytes") or [])
+        ranks = cell.get("peak_device_bytes" if on_gpu else "rss_above_baseline_bytes")
+        if not ranks:
+            continue
+        config = Cell.of(cell).config(1)
+        with suppress(UserError):
+            found = planned(size.label(cell), config, cell["world_size"], max(ranks), on_gpu=on_gpu)
+            rows.append(found)
+    if rows:
+        caption = (
+            "Bar: what the planner predicts for a rank, from the config alone; in brackets over "
+            "what was measured. Tick: the peak of the rank with the most, the save at the end "
+            "included."
+        )
+        title = "Memory, predicted and measured"
+        yield size.chart("planned-memory", title, caption, memory_figure(rows))
 
 
 def efficiency(cell: SweepCell, cells: list[SweepCell]) -> tuple[float, str] | None:

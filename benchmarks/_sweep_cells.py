@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +54,12 @@ class Cell:
     seq_len: int
     threads_per_rank: int
     device: str = "auto"
+
+    @classmethod
+    def of(cls, described: dict[str, Any]) -> Cell:
+        """The cell that `describe` was asked of."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in described.items() if key in known})
 
     @property
     def id(self) -> str:
@@ -107,7 +113,7 @@ class Cell:
                 },
                 # The one at the end; in the background it would hold a copy of the state.
                 "checkpoint": {"asynchronous": False, "keep": 1},
-                "metrics": {"tensorboard": False},
+                "metrics": {"tensorboard": False, "predict_memory": False},
             },
             source=self.id,
         )

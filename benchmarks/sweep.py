@@ -72,7 +72,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--worlds", type=_numbers, default=[1, 2], help="ranks, such as 1,2,4")
     add("--precisions", type=_of("precision", ["fp32", "bf16", "fp16", "fp64"]), default=["fp32"])
     add("--compile", type=_of("word", ["off", "on"]), default=["off"], help="off,on: both")
-    add("--activation-checkpointing", type=_of("word", ["none", "selective", "full"]),
+    add("--activation-checkpointing", type=_of("word", ["none", "selective", "alternate", "full"]),
         default=["none"])  # fmt: skip
     add("--scaling", choices=["strong", "weak", "both"], default="strong",
         help="the same batch in every world, or the same batch per rank")  # fmt: skip

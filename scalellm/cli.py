@@ -23,13 +23,16 @@ from scalellm.errors import (
     DivergedError,
     UserError,
     did_you_mean,
+    is_out_of_memory,
 )
 from scalellm.plan_command import plan
 from scalellm.prepare_command import prepare
 from scalellm.process import set_environment
+from scalellm.train_command import train
 
 COMMANDS = {
     "prepare": (prepare, "text in, a dataset of token shards out"),
+    "train": (train, "train a decoder as a config says"),
     **PLAIN_COMMANDS,
     "data": (data, "inspect, verify, diff or convert datasets"),
     "plan": (plan, "what fits, how fast, before it is run"),
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return EXIT_USER_ERROR
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         _complain(UserError(_OUT_OF_MEMORY), rank_only=True)
         return EXIT_USER_ERROR
@@ -76,10 +79,6 @@ _OUT_OF_MEMORY = (
     "out of memory; lower train.micro_batch_size (accumulation makes up for it), model.seq_len or "
     "the model's size, or set train.activation_checkpointing=full"
 )
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return "can't allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def _complain(error: Exception, *, rank_only: bool = False) -> None:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import runpy
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scalellm.errors import EXIT_DONE, EXIT_STOPPED_BY_SIGNAL, UserError, did_you_mean
+from scalellm.errors import EXIT_DONE, UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from scalellm.config import Config
-    from scalellm.dist import World
+    from scalellm.report.document import Chart
+    from scalellm.report.runs import Run
 
 Command = Callable[[Sequence[str]], int]
 
@@ -46,129 +44,7 @@ def check_output_file(option: str, path: Path | None) -> None:
         raise UserError(f"{option}={path}: there is no folder {path.parent}")
 
 
-def _parse_train(argv: Sequence[str]) -> argparse.Namespace:
-    wants_help = any(word in ("-h", "--help") for word in argv)
-    parser = Parser(
-        "train",
-        "Train a decoder as a config says.",
-        importlib.import_module("scalellm.reference").help_text() if wants_help else None,
-    )
-    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | key.sub=value")
-    parser.add_argument("--config", help="the config file, if not the first word")
-    parser.add_argument("--nproc", type=int, help="start so many ranks on this machine")
-    parser.add_argument("--resume", metavar="auto|DIR", help="go on from a checkpoint")
-    parser.add_argument(
-        "--print-deepspeed-config",
-        action="store_true",
-        help="print the JSON that DeepSpeed would be given, and train nothing",
-    )
-    parser.add_argument(
-        "--profile", action="store_true", help="record a few steps: profile.enabled=true"
-    )
-    # The deepspeed launcher appends this; the environment says the same.
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    options = parser.parse_intermixed_args(argv)
-    if options.resume == "":
-        raise UserError("--resume takes auto or the path of a checkpoint or run folder")
-    words: list[str] = options.words
-    if options.config is None:
-        if not words or "=" in words[0]:
-            raise UserError("train needs a config: scalellm train configs/char-tiny.yaml")
-        options.config = words.pop(0)
-    if options.profile:
-        words.append("profile.enabled=true")
-    return options
-
-
-def _train(argv: Sequence[str]) -> int:
-    options = _parse_train(argv)
-    words: list[str] = options.words
-
-    from scalellm.config import load_config
-    from scalellm.dist import detect
-
-    config = load_config(options.config, words)
-    started = detect()
-    if options.print_deepspeed_config:
-        from scalellm.reference import backend_json
-
-        world = replace(started, world_size=options.nproc or started.world_size)
-        print(backend_json(config, world), end="")
-        return EXIT_DONE
-    if options.nproc is not None and config.cluster.name == "ray":
-        raise UserError(
-            f"--nproc {options.nproc} starts ranks on this machine, but cluster.name=ray lets Ray "
-            "start them: set cluster.workers instead, or cluster.name=local"
-        )
-    if options.nproc is not None and started.launcher in ("python", "sbatch"):
-        resume = ["--resume", options.resume] if options.resume else []
-        words = ["train", "--config", options.config, *resume, *words]
-        return _start_ranks(config, words, options.nproc)
-    if options.nproc not in (None, started.world_size):
-        raise UserError(
-            f"--nproc {options.nproc} would start ranks, but {started.launcher} has started "
-            f"{started.world_size} already; leave --nproc out"
-        )
-    if config.cluster.name == "ray" and started.launcher != "ray":
-        return _start_on_ray(config, options.resume, started, argv)
-    from scalellm.train import run_training
-
-    outcome = run_training(config, options.resume)
-    if outcome.is_main:
-        _close(outcome.run_dir, outcome.reason, outcome.step)
-        if config.eval.sample_prompt is not None and not outcome.stopped_by_signal:
-            _show_sample(outcome.run_dir, config.eval.sample_prompt, config.eval.sample_tokens)
-    return EXIT_STOPPED_BY_SIGNAL if outcome.stopped_by_signal else EXIT_DONE
-
-
-def _start_ranks(config: Config, words: list[str], nproc: int) -> int:
-    from scalellm.clusters.local import MAX_RANKS, launch
-    from scalellm.dist import World
-    from scalellm.train import check_config
-
-    if not 1 <= nproc <= MAX_RANKS:
-        raise UserError(f"--nproc={nproc} ranks is not between 1 and {MAX_RANKS}")
-    # Before processes start that would all say the same.
-    check_config(config, World(world_size=nproc, launcher=f"--nproc {nproc}"))
-    return launch(words, nproc)
-
-
-def _start_on_ray(config: Config, resume: str | None, started: World, argv: Sequence[str]) -> int:
-    if started.launcher != "python":
-        raise UserError(
-            f"cluster.name=ray starts the ranks itself, but {started.launcher} has started "
-            f"{started.world_size} already: start it with python, or set cluster.name=local"
-        )
-    from scalellm.clusters._ray_guard import guard, is_driver
-
-    if not is_driver():
-        return guard(argv, config.cluster)
-    from scalellm.clusters.ray import train_on_ray
-
-    return train_on_ray(config, resume)
-
-
-def _close(run_dir: Path, reason: str, step: int) -> None:
-    from scalellm.report import draw_loss
-
-    picture = draw_loss(run_dir)
-    if reason not in ("done", "early stop"):
-        print(f"stopped by {reason} at step {step}, saved; go on with --resume auto")
-        return
-    print(f"{reason} at step {step}: {run_dir}" + (f", loss curve {picture}" if picture else ""))
-
-
-def _show_sample(run_dir: Path, prompt: str, num_tokens: int) -> None:
-    from scalellm.generate import Sampling
-
-    if not any(run_dir.glob("tokenizer.*")):
-        print("note: no sample, since the dataset has no tokenizer to write it with")
-        return
-    text = _generate_text(run_dir, prompt, Sampling(max_new_tokens=num_tokens, seed=0))
-    (run_dir / "sample.txt").write_text(text + "\n", encoding="utf-8")
-
-
-def _generate_text(run_dir: Path, prompt: str, sampling: object) -> str:
+def generate_text(run_dir: Path, prompt: str, sampling: object) -> str:
     """Streams a continuation to the terminal and returns it with its prompt."""
     from scalellm.generate import stream_text
     from scalellm.inference import load_run
@@ -206,7 +82,7 @@ def _generate(argv: Sequence[str]) -> int:
         no_repeat_ngram=options.no_repeat_ngram,
         seed=options.seed,
     )
-    _generate_text(options.run, options.prompt, sampling)
+    generate_text(options.run, options.prompt, sampling)
     return EXIT_DONE
 
 
@@ -255,12 +131,22 @@ def _report(argv: Sequence[str]) -> int:
         metavar="DIR",
         help="folder to write (default: the run's own, or ./report for several runs)",
     )
+    parser.add_argument(
+        "--plan", action="store_true", help="also what the planner predicts of their memory"
+    )
     options = parser.parse_intermixed_args(argv)
     from scalellm.report import report_runs
 
-    page, *others = report_runs(options.runs, options.out)
+    more = _planned if options.plan else None
+    page, *others = report_runs(options.runs, options.out, more)
     print(f"{page} (also {others[0].name} and {len(others) - 1} plots)")
     return EXIT_DONE
+
+
+def _planned(runs: list[Run]) -> list[Chart]:
+    from scalellm.plan.chart import measured_chart, run_rows
+
+    return measured_chart(run_rows(runs))
 
 
 def _bench(argv: Sequence[str]) -> int:
@@ -286,7 +172,6 @@ def _schema(argv: Sequence[str]) -> int:
 
 
 COMMANDS: dict[str, tuple[Command, str]] = {
-    "train": (_train, "train a decoder as a config says"),
     "eval": (_eval, "loss and perplexity of a run on a dataset"),
     "generate": (_generate, "continue a text with a trained model"),
     "export": (_export, "write a run's weights for other tools"),

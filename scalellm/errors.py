@@ -41,6 +41,16 @@ class DivergedError(Exception):
     """Training gave up: shown as one sentence, but nobody's typing mistake (exit code 1)."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation has failed: Python's, torch's on a CPU, or a GPU's."""
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "out of memory" in text
+    )
+
+
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """Returns `"; did you mean 'x'?"` for the nearest candidate, or `""` if none is near."""
     near = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)

@@ -112,14 +112,51 @@ def test_odd_overrides(
     assert words in fails(capsys, "train", str(config_file), override)
 
 
-def test_out_of_memory_is_one_sentence(
+def test_out_of_memory_says_where_it_went_and_what_helps(
     config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The estimate is a lower bound, so a real allocation may still fail: here it does."""
+    """The check before is a lower bound, so a real allocation may still fail: here it does."""
     monkeypatch.setattr("scalellm.train.limits._available_bytes", lambda device: 2**60)
     monkeypatch.setattr("scalellm.train.build.check_disk", lambda config, path: None)
-    text = fails(capsys, "train", str(config_file), "model.hidden_size=4194304")
-    assert "out of memory; lower train.micro_batch_size" in text
+    assert main(["train", str(config_file), "model.hidden_size=4194304"]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    [sentence] = [line for line in error.splitlines() if line.startswith("scalellm: ")]
+    assert "out of memory" in sentence and "can't allocate memory" in sentence
+    assert "lower train.micro_batch_size" in sentence
+    assert "predicted peak of a rank: " in error and "(parameters " in error
+    ways = error.partition("what helps")[2].splitlines()[1:]
+    assert 1 <= len(ways) <= 3 and all(line.endswith(" GiB") for line in ways)
+
+
+def test_another_error_of_torch_keeps_its_traceback(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("scalellm.train.run_training", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        main(["train", str(config_file)])
+
+
+@pytest.mark.slow
+def test_ranks_without_memory_say_it_once_and_rank_0_what_helps(
+    config_file: Path, tmp_path: Path
+) -> None:
+    """Real ranks under a real limit; a third of it is what their libraries map."""
+    words = "model.hidden_size=512 model.seq_len=512 model.vocab_size=30000 strategy.name=ddp"
+    words += " train.global_batch_size=128 run.device=cpu"
+    command = (
+        f"ulimit -v 6000000; {sys.executable} -m scalellm train {config_file} --nproc 2 {words}"
+    )
+    process = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert process.returncode == 1, process.stderr
+    assert "out of memory on rank 0" in process.stderr
+    assert process.stderr.count("predicted peak of a rank: ") == 1
+    assert process.stderr.count("train.micro_batch_size=") == 1
 
 
 def test_a_reader_that_leaves_is_no_error(config_file: Path, tmp_path: Path) -> None:

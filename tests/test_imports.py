@@ -24,7 +24,7 @@ LAYERS = [
     {"inference", "reference", "parity", "export", "plan"},
     {"clusters"},
     {"commands"},
-    {"data_command", "prepare_command", "plan_command"},
+    {"data_command", "prepare_command", "plan_command", "train_command"},
     {"cli"},
     {"__main__"},
 ]

@@ -151,8 +151,10 @@ class TrainConfig(Section):
     eps: float = setting(1e-8, "AdamW's epsilon", gt=0)
     grad_clip: float = setting(1.0, "largest global gradient norm; 0: no clipping", ge=0)
     compile: bool = setting(False, "torch.compile each decoder block, and the loss")
-    activation_checkpointing: Literal["none", "selective", "full"] = setting(
-        "none", "recompute in the backward: nothing, all but matrix products, whole blocks"
+    activation_checkpointing: Literal["none", "selective", "alternate", "full"] = setting(
+        "none",
+        "recompute in the backward: nothing, all but matrix products, every second product too, "
+        "whole blocks",
     )
     max_nonfinite_steps: int = setting(
         10, "give up after so many skipped steps in a row", unit="steps", ge=1
@@ -220,6 +222,9 @@ class WandbConfig(Section):
 class MetricsConfig(Section):
     tensorboard: bool = setting(True, "event files under tensorboard/ in the run folder")
     wandb: WandbConfig | None = setting(None, "Weights & Biases; null: off")
+    predict_memory: bool = setting(
+        True, "predict the peak in a process beside the run, and say how far off it was"
+    )
 
 
 class Config(Section):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +19,8 @@ from scalellm.dist import World
 from scalellm.errors import ConfigError, UserError
 from scalellm.model import Decoder
 from scalellm.plan._buckets import Buckets
+from scalellm.plan._fakes import fake_group, kernels_of
+from scalellm.plan.allocator import Event
 from scalellm.plan.live import Kind, LiveBytes, Segment, local_of
 from scalellm.strategies import Strategy
 from scalellm.strategies.base import Options
@@ -51,6 +52,16 @@ class Trace:
 
 def record(config: Config, world_size: int, device_type: str) -> Trace:
     """Returns the trace of a step of rank 0; arguments and errors as of `dry_run`."""
+    return _record(config, world_size, device_type)[0]
+
+
+def record_events(config: Config, world_size: int, device_type: str) -> tuple[Trace, list[Event]]:
+    """Returns the same trace, and all allocations from the parameters' to the end of the step."""
+    trace, live = _record(config, world_size, device_type)
+    return trace, live.events()
+
+
+def _record(config: Config, world_size: int, device_type: str) -> tuple[Trace, LiveBytes]:
     _check(config)
     config = as_on(config, device_type)
     world = World(rank=0, world_size=world_size, launcher="the planner")
@@ -63,17 +74,21 @@ def record(config: Config, world_size: int, device_type: str) -> Trace:
     model = _meta_model(config)
     with ExitStack() as stack:
         if strategy_class.needs_process_group:
-            stack.enter_context(_fake_group(world_size))
+            stack.enter_context(fake_group(world_size))
         stack.enter_context(live.watching_resizes())
+        stack.enter_context(kernels_of(device_type))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         step = _Step(config, world, strategy_class, options, live, model)
         stack.callback(step.strategy.close)
         stack.enter_context(live)
-        for _ in range(2):  # the first one makes what stays: optimizer state, FSDP's own
-            step.take(plan.micro_batch_size, min(plan.grad_accumulation, 2), device_type)
+        step.take(
+            plan.micro_batch_size, 1, device_type
+        )  # makes what stays: optimizer state, FSDP's
+        step.take(plan.micro_batch_size, min(plan.grad_accumulation, 2), device_type)
         start, segments = live.segments(_STEP, away)
         first_times = max(1, plan.grad_accumulation - 1)
-        return Trace(start, segments, step.layer_bytes(), away, first_times)
+        trace = Trace(start, segments, step.layer_bytes(), away, first_times)
+    return trace, live
 
 
 @dataclass(frozen=True)
@@ -97,6 +112,7 @@ def record_passes(config: Config, passes: Passes, device_type: str) -> Trace:
     model, live = _meta_model(config), LiveBytes()
     model.to(dtype=passes.dtype)
     with ExitStack() as stack:
+        stack.enter_context(kernels_of(device_type))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         step = _Step(config, World(), Strategy, Options(), live, model)
         for parameter in step.named.values() if not passes.keeps_gradients else ():
@@ -150,17 +166,6 @@ def _check_model(config: Config) -> None:
         raise ConfigError(
             "model.vocab_size is null, so the model's size is not known; set it, in tokens"
         )
-
-
-@contextmanager
-def _fake_group(world_size: int) -> Iterator[None]:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    tdist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
-    try:
-        yield
-    finally:
-        tdist.destroy_process_group()
 
 
 class _Step:

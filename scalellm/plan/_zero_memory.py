@@ -112,6 +112,8 @@ def zero_memory(config: Config, world_size: int, device_type: str) -> Memory:
     if engine.stage < 2:  # whole gradients, kept by autograd
         updating["gradients"] = engine.parameters * engine.working_bytes
     host = away if device_type != "cpu" else frozenset()
+    if "optimizer" in host:
+        updating = Counter()  # the host updates: what that takes more is in its memory
     moments = [engine.held() + moment for moment in (passing, updating)]
     most = max(moments, key=lambda sizes: sum(sizes[kind] for kind in KINDS if kind not in host))
     sizes = {f"{kind}_bytes": 0 if kind in host else most[kind] for kind in KINDS}

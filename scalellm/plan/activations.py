@@ -60,3 +60,41 @@ def kept_and_beyond(trace: Trace) -> tuple[int, int]:
         most_bytes = max(most_bytes, sum(level.values()) + sum(segment.peak.values()))
         level.update(segment.change)
     return kept_bytes, most_bytes - kept_bytes
+
+
+# Of what blocks keep without checkpointing, what a compiled block does not: Inductor's partitioner
+# computes again what is cheap where it is needed. Measured on a block of this decoder, torch 2.13:
+# 0.24 in fp32, 0.34 in bf16.
+_COMPILED_SPARES = 0.3
+
+
+def spared_by_compiling(config: Config, micro_batch: int, device_type: str = "cuda") -> int:
+    """Returns the bytes that blocks keep for the backward uncompiled, and compiled do not.
+
+    Checkpointing's policies keep the result of a block's last product, which no derivative needs;
+    a compiled block sees that and does not.
+
+    Args:
+        micro_batch: in samples.
+    """
+    mode, model = config.train.activation_checkpointing, config.model
+    if not config.train.compile or mode == "full":
+        return 0
+    if mode == "none":
+        few, more = (
+            activations(
+                _with_layers(model, n), config.train, micro_batch, model.seq_len, device_type
+            )
+            for n in (FEW_LAYERS, FEW_LAYERS + 1)
+        )
+        return int(_COMPILED_SPARES * model.num_layers * (more[0] - few[0]))
+    num_products = 7 if model.mlp == "swiglu" else 6
+    if mode == "alternate" and num_products % 2 == 0:
+        return 0
+    element_bytes = {"fp64": 8, "fp32": 4}.get(config.train.precision, 2)
+    numbers = micro_batch * model.seq_len * model.hidden_size
+    return model.num_layers * numbers * element_bytes
+
+
+def _with_layers(model: ModelConfig, layers: int) -> ModelConfig:
+    return model.model_copy(update={"num_layers": layers})

@@ -6,52 +6,28 @@ by how much, and what would help, with the peak that each change is predicted to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from scalellm.config import BatchPlan, Config, parse_config
 from scalellm.errors import ConfigError
 from scalellm.model import count_parameters
-from scalellm.plan.devices import Device
-from scalellm.plan.speed import Efficiency, StepTime, step_time
+from scalellm.plan.candidates import Candidate, Values, merged, variants
+from scalellm.plan.devices import Device, Efficiency
+from scalellm.plan.speed import step_time
 from scalellm.plan.traffic import set_up
 from scalellm.plan.types import Memory
+from scalellm.plan.ways_out import ways_out
 
 Estimate = Callable[[Config, int], Memory]
-Values = Mapping[str, Any]
 
 # Of a device's usable memory, left for the allocator's fragments and the estimate's own error.
 MARGIN = 0.05
 AS_GIVEN = "as given"
-_CHECKPOINTING = ("none", "selective", "full")
+_CHECKPOINTING = ("none", "selective", "alternate", "full")
 _MAX_MICRO_BATCH = 128  # rows; what is larger gains nothing more
-_MAX_RANKS = 1 << 12
-_WAYS_OUT = 3
 # Rooflines do not tell closer rivals apart: the simplest of them is taken.
 _AS_FAST = 0.03
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to train: what it changes in the config, what it needs and how long a step takes.
-
-    `refused` says why it cannot be, in the place of memory and time; `time` is None where it does
-    not fit.
-    """
-
-    label: str
-    world_size: int
-    changes: Values
-    config: Config | None = None
-    memory: Memory | None = None
-    time: StepTime | None = None
-    over_bytes: int = 0
-    refused: str = ""
-
-    @property
-    def fits(self) -> bool:
-        return self.memory is not None and self.over_bytes <= 0
 
 
 @dataclass(frozen=True)
@@ -69,37 +45,6 @@ class Plan:
     rows: list[Candidate]
     best: Candidate | None
     ways_out: list[Candidate] = field(default_factory=list)
-
-
-def variants(world_size: int, device: Device, precision: str) -> dict[str, dict[str, Any]]:
-    """Strategies worth comparing on so many ranks, with their options."""
-    if world_size == 1:
-        return {"single": {"name": "single"}, **_offloading()}
-    found: dict[str, dict[str, Any]] = {
-        "ddp": {"name": "ddp"},
-        "fsdp": {"name": "fsdp"},
-        "fsdp no reshard": {"name": "fsdp", "reshard_after_forward": False},
-    }
-    half = {"param_dtype": precision, "reduce_dtype": "fp32"}
-    if precision in ("bf16", "fp16"):
-        found[f"fsdp {precision}"] = {"name": "fsdp", **half}
-    else:
-        half = {}
-    if world_size > device.devices_per_node and world_size % device.devices_per_node == 0:
-        one_node = {"shard_ranks": device.devices_per_node}
-        found["fsdp hybrid"] = {"name": "fsdp", **one_node, **half}
-    for stage in (1, 2, 3):
-        found[f"zero-{stage}"] = {"name": "deepspeed", "stage": stage}
-    return {**found, **_offloading()}
-
-
-def _offloading() -> dict[str, dict[str, Any]]:
-    both = {"offload_optimizer": "cpu", "offload_param": "cpu"}
-    return {
-        "fsdp offload": {"name": "fsdp", "cpu_offload": True},
-        "zero-2 offload": {"name": "deepspeed", "stage": 2, "offload_optimizer": "cpu"},
-        "zero-3 offload": {"name": "deepspeed", "stage": 3, **both},
-    }
 
 
 class Chooser:
@@ -142,8 +87,18 @@ class Chooser:
         fastest_s = min(map(_seconds, fitting), default=0.0)
         rivals = [row for row in fitting if _seconds(row) <= fastest_s * (1 + _AS_FAST)]
         best = rivals[0] if rivals else None
-        ways_out = [] if best else self._ways_out(rows, world_size)
-        return Plan(self.device, world_size, self.limit_bytes, given, rows, best, ways_out)
+        ways = [] if best else ways_out(rows, world_size, self._try, self.device)
+        return Plan(self.device, world_size, self.limit_bytes, given, rows, best, ways)
+
+    def ways_out(self, world_size: int) -> tuple[Candidate, list[Candidate]]:
+        """The config as it is, and up to three changes of it that need less.
+
+        Raises:
+            ConfigError: as `plan`.
+        """
+        count_parameters(self.config.model)
+        given = self._try(AS_GIVEN, world_size, {})
+        return given, ways_out([given], world_size, self._try, self.device)
 
     def _micro_batch_sizes(self, world_size: int) -> list[int]:
         """Powers of two that divide a rank's share of the global batch, and the config's own."""
@@ -162,6 +117,9 @@ class Chooser:
             options = {**given.options, **options}
         found: list[Candidate] = []
         for mode in _CHECKPOINTING:
+            fastest_s = min(map(_seconds, found), default=float("inf"))
+            if fastest_s <= self._least_s(options, mode, sizes[-1], world_size):
+                continue
             found.append(self._largest_fitting(label, options, mode, sizes, world_size))
             if found[-1].refused or (found[-1].fits and self._rows(found[-1]) == sizes[-1]):
                 break  # to compute again only to save memory would be slower
@@ -169,6 +127,15 @@ class Chooser:
         if fitting:
             return min(fitting, key=_seconds)
         return min(found, key=lambda one: (bool(one.refused), one.over_bytes))
+
+    def _least_s(self, options: Values, mode: str, size: int, world_size: int) -> float:
+        """Seconds of the largest micro-batch, fits or not: no smaller one is faster; 0: unknown."""
+        train = {"micro_batch_size": size, "activation_checkpointing": mode}
+        try:
+            config = parse_config(merged(self.values, {"strategy": dict(options), "train": train}))
+            return step_time(config, world_size, self.device, self.efficiency).total_s
+        except ConfigError:
+            return 0.0
 
     def _largest_fitting(
         self, label: str, options: Values, mode: str, sizes: list[int], world_size: int
@@ -237,61 +204,6 @@ class Chooser:
             self._learn(found)
         return found
 
-    # -- when nothing fits ----------------------------------------------------------------------
-
-    def _ways_out(self, rows: list[Candidate], world_size: int) -> list[Candidate]:
-        """Single changes to the least too large row: first those that fit, then the smallest."""
-        possible = [row for row in rows if row.memory is not None]
-        if not possible:
-            return []
-        nearest = min(possible, key=lambda row: row.over_bytes)
-        tried = [self._try(label, world_size, changes) for label, changes in self._steps(nearest)]
-        more = self._more_ranks(nearest)
-        tried = [one for one in [*tried, *([more] if more else [])] if one.memory is not None]
-        helping = [one for one in tried if one.over_bytes < nearest.over_bytes]
-        helping.sort(key=lambda one: (not one.fits, one.over_bytes))
-        return helping[:_WAYS_OUT]
-
-    def _steps(self, nearest: Candidate) -> Iterator[tuple[str, Values]]:
-        assert nearest.config is not None
-        before, train, model = nearest.changes, nearest.config.train, nearest.config.model
-        if nearest.config.batches(nearest.world_size).micro_batch_size > 1:
-            yield "train.micro_batch_size=1", merged(before, {"train": {"micro_batch_size": 1}})
-        if train.activation_checkpointing != "full":
-            full = {"train": {"activation_checkpointing": "full"}}
-            yield "train.activation_checkpointing=full", merged(before, full)
-        if not model.loss_chunk_tokens:
-            chunked = {"model": {"loss_chunk_tokens": 1024}}
-            yield "model.loss_chunk_tokens=1024", merged(before, chunked)
-        known = nearest.config.strategy
-        for label, options in _offloading().items():
-            if not self.device.is_cpu and options != {"name": known.name, **known.options}:
-                yield f"offload to the host ({label})", {**before, "strategy": options}
-        if model.seq_len > 1:
-            half = {"model": {"seq_len": model.seq_len // 2}}
-            yield f"model.seq_len={model.seq_len // 2}", merged(before, half)
-
-    def _more_ranks(self, nearest: Candidate) -> Candidate | None:
-        """The fewest ranks, by doubling, on which it fits; None if they do not help."""
-        ranks, changes = nearest.world_size * 2, nearest.changes
-        if nearest.config is not None and nearest.config.strategy.name == "single":
-            changes = {**changes, "strategy": {"name": "fsdp"}}
-        while ranks <= _MAX_RANKS:
-            found = self._try(f"{ranks:,} devices", ranks, changes)
-            if found.refused or found.fits:
-                return found if found.fits else None
-            ranks *= 2
-        return None
-
 
 def _seconds(candidate: Candidate) -> float:
     return candidate.time.total_s if candidate.time else float("inf")
-
-
-def merged(values: Values, changes: Values) -> dict[str, Any]:
-    """The values with the changes in them; a new strategy replaces the old one with its options."""
-    result = dict(values)
-    for section, fields in changes.items():
-        old = {} if section == "strategy" else dict(result.get(section) or {})
-        result[section] = {**old, **fields}
-    return result

@@ -1,7 +1,7 @@
 """What a device can do: named ones from their data sheets, one of your own, or this CPU, measured.
 
-`devices.yaml` holds the figures and where each comes from. Nothing here is calibrated: what of a
-data sheet's rate a training step reaches is said by `speed.Efficiency`.
+`devices.yaml` holds the figures and where each comes from. What of them a training step reaches is
+said by `Efficiency`: round numbers, until `scalellm plan --calibrate` has fitted them to runs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -36,6 +37,25 @@ class Rates(Section):
     fp8: float | None = setting(None, "not used by scalellm, for reference", unit="FLOP/s", gt=0)
 
 
+class Efficiency(Section):
+    """Shares of a device's rates that a step reaches. The defaults are assumed, not measured.
+
+    matrix: large bf16 products of cuBLAS reach 60 to 80% of the sheet on A100 and H100. Attention
+    counts at the same rate with all keys, of which its kernel skips half and reaches half.
+    memory: large copies and element-wise kernels reach 80 to 90%. link: NCCL's large collectives
+    reach about 80% of NVLink and of the network.
+    """
+
+    matrix: float = setting(0.7, "of `rates`, by matrix products", gt=0)
+    memory: float = setting(0.8, "of `memory_bytes_per_s`, by all other operators", gt=0)
+    link: float = setting(0.8, "of the links and the network, by collectives", gt=0)
+    host: float = setting(0.8, "of the host's memory and the link to it, by offloading", gt=0)
+    launch: float = setting(1.0, "of the operators launched in `launch_s` each", gt=0)
+    fused: float = setting(
+        0.5, "of bytes and operators, what `train.compile` leaves; the least certain", gt=0
+    )
+
+
 class Device(Section):
     name: str = setting("", "how it is called; the file's name for one of your own")
     memory_bytes: int = setting(..., "what the driver reports", unit="bytes", gt=0)
@@ -58,7 +78,10 @@ class Device(Section):
     node_hop_s: float = setting(1.9e-6, "from one rank to the next in a node", unit="s", ge=0)
     network_hop_s: float = setting(4e-6, "from one node to the next", unit="s", ge=0)
     launch_s: float = setting(5e-6, "to launch one operator; a guess", unit="s", ge=0)
-    is_cpu: bool = setting(False, "the ranks compute in the host's own memory")
+    is_cpu: bool = setting(
+        False, "the ranks compute in the host's own memory, and share it and its rates"
+    )
+    efficiency: Efficiency = setting(Efficiency(), "what a step reaches of all this")
 
     @property
     def usable_bytes(self) -> int:
@@ -75,6 +98,19 @@ class Device(Section):
             )
         return rate
 
+    def divided(self, num_ranks: int, share: float = 1.0) -> Device:
+        """What each of `num_ranks` has of a CPU that all of them share.
+
+        Args:
+            share: of its own part of the cores, if it has fewer threads than that.
+        """
+        part = share / num_ranks
+        rates = {name: rate and rate * part for name, rate in self.rates.model_dump().items()}
+        kinds = ("memory_bytes_per_s", "host_link_bytes_per_s", "host_memory_bytes_per_s")
+        shared: dict[str, Any] = {kind: getattr(self, kind) / num_ranks for kind in kinds}
+        shared |= {"rates": Rates.model_validate(rates), "devices_per_node": num_ranks}
+        return self.model_copy(update={**shared, "memory_bytes": self.memory_bytes // num_ranks})
+
 
 def names() -> list[str]:
     """What `--device` takes besides a file's path."""
@@ -85,15 +121,17 @@ def find_device(name: str, num_ranks: int = 1) -> Device:
     """Returns a device by name or by the path of a YAML file of one.
 
     Args:
-        num_ranks: how many share this machine, for `this-cpu`, which is measured here and now.
+        num_ranks: how many share the machine, for `this-cpu`, which is measured here and now, and
+            for the file of a CPU.
 
     Raises:
         ConfigError: no such name or file, or a file that is not a device.
     """
     if name == THIS_CPU:
-        return measure_this_cpu(num_ranks)
+        return measure_this_cpu().divided(num_ranks)
     if name.endswith((".yaml", ".yml")):
-        return _parse({"name": Path(name).stem, **read_yaml(Path(name))}, name)
+        device = _parse({"name": Path(name).stem, **read_yaml(Path(name))}, name)
+        return device.divided(num_ranks) if device.is_cpu else device
     table = _table()
     if name not in table:
         raise ConfigError(
@@ -127,20 +165,19 @@ _GLOO_COLLECTIVE_S = 200e-6
 _CPU_OPERATOR_S = 5e-6
 
 
-def measure_this_cpu(num_ranks: int) -> Device:
-    """Measures matrix products and copies for about a second; each rank gets an equal share."""
-    bandwidth = _copy_bytes_per_s() / num_ranks
+def measure_this_cpu() -> Device:
+    """Measures matrix products and copies of the whole machine for about a second."""
+    bandwidth = _copy_bytes_per_s()
     rates = {"fp64": _gemm_flops(torch.float64), "fp32": _gemm_flops(torch.float32)}
     if cpu_multiplies_bf16():
         rates["bf16"] = _gemm_flops(torch.bfloat16)
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Device(
         name=THIS_CPU,
-        memory_bytes=memory_bytes // num_ranks,
-        rates=Rates.model_validate({key: rate / num_ranks for key, rate in rates.items()}),
+        memory_bytes=machine_bytes(),
+        rates=Rates.model_validate(rates),
         memory_bytes_per_s=bandwidth,
         node_link_bytes_per_s=_GLOO_BYTES_PER_S,
-        devices_per_node=num_ranks,
+        devices_per_node=1,
         network_bytes_per_s=_GLOO_BYTES_PER_S,
         host_link_bytes_per_s=bandwidth,
         host_memory_bytes_per_s=bandwidth,
@@ -148,6 +185,11 @@ def measure_this_cpu(num_ranks: int) -> Device:
         launch_s=_CPU_OPERATOR_S,
         is_cpu=True,
     )
+
+
+def machine_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _gemm_flops(dtype: torch.dtype) -> float:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from scalellm.plan.allocator import Event
 from scalellm.plan.types import CollectiveKind
 
 Kind = Literal["parameters", "optimizer", "gradients", "buffers", "activations", "temporary"]
@@ -80,6 +81,7 @@ class LiveBytes(TorchDispatchMode):
         self._watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._kinds: dict[int, Kind] = {}
         self._last_number = 0
+        self._streams: dict[int, str] = {}  # of what is not the computing's
 
     # -- what is seen -----------------------------------------------------------------------
 
@@ -142,10 +144,14 @@ class LiveBytes(TorchDispatchMode):
         if kind is None:
             return
         tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
-        for tensor in tensors:
-            self.set_kind("buffers", self._number_of(tensor))
         sizes = [local_of(tensor).nbytes for tensor in tensors]
-        self._log.append(Traffic(kind, max(sizes)))  # the full tensor is the largest
+        whole_bytes = max(sizes)  # the full tensor is the largest
+        for tensor, size_bytes in zip(tensors, sizes, strict=True):
+            number = self._number_of(tensor)
+            self.set_kind("buffers", number)
+            if kind == "all_gather" or (kind == "reduce_scatter" and size_bytes < whole_bytes):
+                self._streams[number] = kind
+        self._log.append(Traffic(kind, whole_bytes))
 
     # -- what is said -----------------------------------------------------------------------
 
@@ -186,6 +192,21 @@ class LiveBytes(TorchDispatchMode):
         bounds = [i for i, entry in enumerate(self._log) if isinstance(entry, str) and i >= begin]
         parts = zip(bounds, [*bounds[1:], len(self._log)], strict=True)
         return dict(level), [self._segment(start, stop, uncounted) for start, stop in parts]
+
+    def events(self) -> list[Event]:
+        """Returns all allocations and frees from the beginning, for `allocator.reserved_bytes`."""
+        sizes: dict[int, int] = {}
+        found = []
+        for entry in self._log:
+            if not isinstance(entry, _Change):
+                continue
+            stream = self._streams.get(entry.number, "compute")
+            old_bytes = sizes.get(entry.number, 0)
+            sizes[entry.number] = new_bytes = old_bytes + entry.change_bytes
+            for size_bytes in (-old_bytes, new_bytes):
+                if size_bytes:
+                    found.append(Event(entry.number, size_bytes, stream))
+        return found
 
     def _sum(self, entries: Iterable[object]) -> Counter[Kind]:
         level: Counter[Kind] = Counter()

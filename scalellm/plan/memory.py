@@ -9,6 +9,7 @@ top of the passes of the same decoder. A strategy of the user's own is taken at 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 
 from scalellm import strategies
@@ -17,7 +18,7 @@ from scalellm.dist import World
 from scalellm.model import count_parameters
 from scalellm.plan._record import FEW_LAYERS, is_deepspeed, record
 from scalellm.plan._zero_memory import zero_memory
-from scalellm.plan.activations import activations
+from scalellm.plan.activations import activations, spared_by_compiling
 from scalellm.plan.dry_run import remembered, stretched, summarize
 from scalellm.plan.types import Memory
 
@@ -35,6 +36,16 @@ def estimate(config: Config, world_size: int, device_type: str = "cuda") -> Memo
         ConfigError: the config cannot run in such a world, or does not say the vocabulary.
         UserError: this process is a rank of a process group.
     """
+    memory = _uncompiled(config, world_size, device_type)
+    if not config.train.compile:
+        return memory
+    micro_batch = config.batches(world_size).micro_batch_size
+    spared_bytes = spared_by_compiling(config, micro_batch, device_type)
+    kept_bytes = max(0, memory.activations_bytes - spared_bytes)
+    return replace(memory, activations_bytes=kept_bytes)
+
+
+def _uncompiled(config: Config, world_size: int, device_type: str) -> Memory:
     if is_deepspeed(config):
         return zero_memory(config, world_size, device_type)
     if config.strategy.name not in strategies.names():

@@ -22,6 +22,7 @@ from scalellm.batches import Batch
 from scalellm.config import ModelConfig, TrainConfig
 from scalellm.dist import World
 from scalellm.model import Decoder
+from scalellm.plan._fakes import kernels_of
 from scalellm.strategies import Options
 from scalellm.strategies.single import Single
 from scalellm.train.optimizer import make_adamw
@@ -81,15 +82,22 @@ def _bytes_of(tree: Any) -> int:
 
 
 def measure_work(
-    model: ModelConfig, train: TrainConfig, micro_batch_size: int, *, half: bool = False
+    model: ModelConfig,
+    train: TrainConfig,
+    micro_batch_size: int,
+    *,
+    half: bool = False,
+    device_type: str = "cpu",
 ) -> Work:
     """Returns the work of one micro-batch, forward and backward.
 
     Args:
         half: the parameters that the model computes with are of half precision already.
+        device_type: whose kernels are counted, "cpu" or "cuda".
     """
     one_layer = model.model_copy(update={"num_layers": 1, "preset": None})
-    points = _points(one_layer, train.precision, train.activation_checkpointing, half)
+    mode = train.activation_checkpointing
+    points = _points(one_layer, train.precision, mode, half, device_type)
     forward, backward, operators = (
         _at({corner: values[kind] for corner, values in points.items()}, model, micro_batch_size)
         for kind in range(3)
@@ -111,23 +119,30 @@ def _at(known: dict[Corner, int], model: ModelConfig, rows: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def _points(model: ModelConfig, precision: str, checkpointing: str, half: bool) -> Points:
+def _points(
+    model: ModelConfig, precision: str, checkpointing: str, half: bool, device_type: str
+) -> Points:
     train = TrainConfig.model_validate(
         {"precision": precision, "activation_checkpointing": checkpointing}
     )
     return {
-        (layers, rows): _count(model.model_copy(update={"num_layers": layers}), train, rows, half)
+        (layers, rows): _count(
+            model.model_copy(update={"num_layers": layers}), train, rows, half, device_type
+        )
         for layers, rows in product((1, 2), (1, 2))
     }
 
 
-def _count(model: ModelConfig, train: TrainConfig, rows: int, half: bool) -> tuple[int, int, int]:
+def _count(
+    model: ModelConfig, train: TrainConfig, rows: int, half: bool, device_type: str
+) -> tuple[int, int, int]:
     strategy = Single(World(), train, Options())
     strategy.fill = lambda model: None  # type: ignore[method-assign]  # values do not matter
     with torch.device("meta"):
         decoder = Decoder(model).to(torch.bfloat16 if half else None)
     counter = _Counter()
-    with FakeTensorMode(allow_non_fake_inputs=True):  # the decoder is on the meta device
+    # The decoder is on the meta device.
+    with kernels_of(device_type), FakeTensorMode(allow_non_fake_inputs=True):
         strategy.setup(decoder, partial(make_adamw, train=train))
         tokens_BT = torch.zeros(rows, model.seq_len, dtype=torch.long)
         with counter:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import yaml
 
 from scalellm.model import count_parameters
-from scalellm.plan.choose import MARGIN, Candidate, Plan
+from scalellm.plan.candidates import Candidate
+from scalellm.plan.choose import MARGIN, Plan
+from scalellm.plan.devices import Efficiency
 from scalellm.plan.dry_run import DryRun
-from scalellm.plan.types import Memory
+from scalellm.plan.traffic import collectives, traffic
+from scalellm.plan.types import Collective, Memory
 
 _GB = 1e9
 _KINDS = ("parameters", "gradients", "optimizer", "activations", "buffers", "temporary")
@@ -35,10 +38,11 @@ def paste(candidate: Candidate) -> str:
 def _headline(plan: Plan) -> str:
     device, config = plan.device, plan.given.config
     size = f"{count_parameters(config.model):,} parameters, " if config else ""
+    whose = "assumed" if device.efficiency == Efficiency() else "fitted"
     return (
         f"{size}{plan.world_size:,} x {device.name}: {plan.limit_bytes / _GB:.1f} GB of "
         f"{device.memory_bytes / _GB:.1f} GB each for tensors ({device.usable_share:.0%} usable, "
-        f"{MARGIN:.0%} margin). Speeds are rooflines with assumed efficiencies, not measurements."
+        f"{MARGIN:.0%} margin). Speeds are rooflines with {whose} efficiencies, not measurements."
     )
 
 
@@ -102,7 +106,11 @@ def _verdict(plan: Plan, num_tokens: float | None, price_per_hour: float | None)
         tried = [row for row in _rows(plan) if row.memory is not None]
         nearest = min(tried, key=lambda row: row.over_bytes, default=None)
         lack = f": at least {nearest.over_bytes / _GB:.1f} GB a rank are missing" if nearest else ""
-        lines.append(f"nothing fits{lack}")
+        helps = any(way.fits for way in plan.ways_out)
+        nor = (
+            "" if helps else "; no single change that was tried, more devices among them, is enough"
+        )
+        lines.append(f"nothing fits{lack}{nor}")
     if plan.ways_out:
         lines.append("ways out:")
     lines += [f"  {_way_out(way)}" for way in plan.ways_out]
@@ -136,15 +144,33 @@ def _way_out(way: Candidate) -> str:
 
 
 def show_dry_run(dry: DryRun, candidate: Candidate) -> str:
-    """The recommended way's estimate beside a dry run of it."""
-    assert candidate.memory is not None
+    """The recommended way's estimate and formulas beside a dry run of it."""
+    assert candidate.memory is not None and candidate.config is not None
     head = ["GB a rank", "peak", *_KINDS, "host"]
     lines = [["estimate", *_sizes(candidate.memory)], ["dry run", *_sizes(dry.memory)]]
-    sent = "\n".join(
-        f"{one.kind}: {one.count:,} a step, {one.payload_bytes / _GB:.3f} GB of whole tensors"
-        for one in dry.collectives
+    formula = collectives(traffic(candidate.config, candidate.world_size))
+    sent = _table(
+        ["collectives a step", "dry run", "by formula", "bytes of whole tensors", "by formula"],
+        [
+            [f"{kind}", *(f"{number:,}" for number in numbers)]
+            for kind, *numbers in _side_by_side(dry.collectives, formula)
+        ],
     )
-    return f"{_table(head, lines)}\n\n{sent or 'nothing is sent'} (dry run, {dry.seconds:.1f} s)"
+    sent = sent if dry.collectives or formula else "nothing is sent"
+    return f"{_table(head, lines)}\n\n{sent}\n(dry run: {dry.seconds:.1f} s)"
+
+
+def _side_by_side(
+    seen: Sequence[Collective], formula: Sequence[Collective]
+) -> Iterator[tuple[str, int, int, int, int]]:
+    """Yields (kind, count seen, by formula, bytes seen, by formula)."""
+    nothing = (0, 0)
+    totals = [
+        {one.kind: (one.count, one.payload_bytes) for one in ones} for ones in (seen, formula)
+    ]
+    for kind in sorted({*totals[0], *totals[1]}):
+        first, second = (total.get(kind, nothing) for total in totals)
+        yield kind, first[0], second[0], first[1], second[1]
 
 
 def to_json(plan: Plan, num_tokens: float | None, price_per_hour: float | None) -> str:

@@ -3,9 +3,10 @@
     step = max(matrix products + bytes moved, operators launched) + communication not hidden
            + optimizer
 
-Each is work over a data sheet's rate times a share of it that is reached (`Efficiency`). Nothing is
-calibrated yet: the shares are round numbers. Not known here: a slow rank, a busy network, the
-data's loading, checkpoints, evaluation, and what communication takes from the products beside it.
+(on a CPU products, bytes and launches add up). Each is work over a data sheet's rate times a share
+of it that is reached (`Efficiency`): a round number, or fitted to runs (`calibrate`). Not known
+here: a slow rank, a busy network, the data's loading, checkpoints, evaluation, and what
+communication takes from the products beside it.
 
 Sources: Williams et al. 2009, "Roofline"; Thakur et al. 2005, "Optimization of Collective
 Communication Operations in MPICH" (ring costs); Zhao et al. 2023, "PyTorch FSDP" (overlap).
@@ -14,40 +15,24 @@ Communication Operations in MPICH" (ring costs); Zhao et al. 2023, "PyTorch FSDP
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from scalellm.config import Config
 from scalellm.model import count_parameters, flops_per_token
-from scalellm.plan.devices import Device
+from scalellm.plan.devices import Device, Efficiency
 from scalellm.plan.operators import Work, measure_work
-from scalellm.plan.traffic import Setup, Transfer, set_up, traffic
-
-
-@dataclass(frozen=True)
-class Efficiency:
-    """Shares of a data sheet's rates that a step reaches. Assumed, not measured.
-
-    matrix: large bf16 products of cuBLAS reach 60 to 80% of the sheet on A100 and H100. Attention
-    counts at the same rate with all keys, of which its kernel skips half and reaches half.
-    memory: large copies and element-wise kernels reach 80 to 90%. link: NCCL's large collectives
-    reach about 80% of NVLink and of the network. fused: what of a block's bytes and operators
-    `train.compile` leaves; the least certain.
-    """
-
-    matrix: float = 0.7
-    memory: float = 0.8
-    link: float = 0.8
-    fused: float = 0.5
+from scalellm.plan.traffic import Setup, Transfer, set_up, traffic, unit_shapes
 
 
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of one optimizer step; the parts add up to `total_s`.
 
-    `launch_s` is what launching operators takes longer than running them. `communication_s`, all of
-    it, hidden or not, is beside the sum. `tokens` are those of the global batch, `model_flops` what
-    they need of one device, with nothing computed twice.
+    `launch_s` is what launching operators takes, on a GPU longer than running them.
+    `communication_s`, all of it, hidden or not, is beside the sum. `tokens` are those of the global
+    batch, `model_flops` what they need of one device, with nothing computed twice.
     """
 
     compute_s: float
@@ -97,25 +82,44 @@ def step_time(
     """Returns the time of one optimizer step.
 
     Args:
+        efficiency: None: the device's own.
         work: what `measure_work` says of one micro-batch; None: measured here.
 
     Raises:
         ConfigError: as training would, or the device lacks `train.precision`.
     """
-    share = efficiency or Efficiency()
+    return timing(config, world_size, device, work)(efficiency or device.efficiency)
+
+
+def timing(
+    config: Config, world_size: int, device: Device, work: Work | None = None
+) -> Callable[[Efficiency], StepTime]:
+    """Returns the time of a step by the efficiencies; all else is found once, here."""
     setup = set_up(config, world_size)
-    micro_batches = setup.batches.grad_accumulation
-    rows = setup.batches.micro_batch_size
-    model = on_device(config, device).model
-    work = work or measure_work(model, config.train, rows, half=setup.computes_in_half)
+    model, rows = on_device(config, device).model, setup.batches.micro_batch_size
+    kind = "cpu" if device.is_cpu else "cuda"
+    half = setup.computes_in_half
+    work = work or measure_work(model, config.train, rows, half=half, device_type=kind)
+    return partial(_time, config, world_size, device, setup, work, traffic(config, world_size))
+
+
+def _time(
+    config: Config,
+    world_size: int,
+    device: Device,
+    setup: Setup,
+    work: Work,
+    transfers: list[Transfer],
+    share: Efficiency,
+) -> StepTime:
+    micro_batches, rows = setup.batches.grad_accumulation, setup.batches.micro_batch_size
     rate = device.matrix_rate(config.train.precision) * share.matrix
     bandwidth = device.memory_bytes_per_s * share.memory
     left = share.fused if config.train.compile else 1.0
     forward_flops, backward_flops = _flops(config, rows * config.model.seq_len)
     compute_s = micro_batches * (forward_flops + backward_flops) / rate
     memory_s = micro_batches * left * (work.forward_bytes + work.backward_bytes) / bandwidth
-    launched_s = micro_batches * left * work.num_operators * device.launch_s
-    transfers = traffic(config, world_size)
+    launched_s = micro_batches * left * work.num_operators * device.launch_s / share.launch
     times = [transfer_s(one, setup, device, share) for one in transfers]
     windows = {
         "forward": forward_flops / rate + left * work.forward_bytes / bandwidth,
@@ -127,10 +131,12 @@ def step_time(
         for phase, window_s in [*windows.items(), ("step", 0.0)]
     )
     tokens = config.train.global_batch_size * config.model.seq_len
+    # A GPU is told what to do while it works; a CPU tells itself, before each operator.
+    hidden_s = 0.0 if device.is_cpu else compute_s + memory_s
     return StepTime(
         compute_s,
         memory_s,
-        max(0.0, launched_s - compute_s - memory_s),
+        max(0.0, launched_s - hidden_s),
         exposed_s,
         _optimizer_s(config, setup, device, share),
         sum(times),
@@ -152,6 +158,10 @@ def _flops(config: Config, num_tokens: int) -> tuple[float, float]:
     """FLOP of one micro-batch's forward and backward, with what is computed twice."""
     forward = num_tokens * flops_per_token(config.model) / 3
     backward = 2 * forward
+    if config.train.activation_checkpointing == "alternate":
+        # A block's matrices in the order of their use: every second product is computed again.
+        matrices = [math.prod(s) for s in unit_shapes(config.model)[0] if len(s) == 2]
+        backward += 2 * num_tokens * config.model.num_layers * sum(matrices[1::2])
     if config.train.activation_checkpointing == "full":
         # Only blocks are computed again, not the output projection.
         head = 2 * num_tokens * (config.model.vocab_size or 0) * config.model.hidden_size
@@ -196,7 +206,7 @@ def _host_s(transfer: Transfer, setup: Setup, device: Device, share: Efficiency)
         return 0.0
     # What `stride` ranks have reduced is a shard already: only once it goes to the host.
     shard_bytes = transfer.payload_bytes / transfer.ranks if transfer.stride == 1 else 0.0
-    return shard_bytes / (device.host_link_bytes_per_s * share.link)
+    return shard_bytes / (device.host_link_bytes_per_s * share.host)
 
 
 def _exposed_s(
@@ -234,8 +244,8 @@ def _optimizer_s(config: Config, setup: Setup, device: Device, share: Efficiency
     moved_bytes = numbers * element_bytes * parameters
     if device.is_cpu or "optimizer" not in setup.sharding.offloaded:
         return moved_bytes / (device.memory_bytes_per_s * share.memory)
-    update_s = moved_bytes / (device.host_memory_bytes_per_s * share.memory)
+    update_s = moved_bytes / (device.host_memory_bytes_per_s * share.host)
     if "parameters" in setup.sharding.offloaded:
         return update_s
     working_bytes = (setup.sharding.working_bytes or element_bytes) * parameters
-    return update_s + working_bytes / (device.host_link_bytes_per_s * share.link)
+    return update_s + working_bytes / (device.host_link_bytes_per_s * share.host)

@@ -51,13 +51,17 @@ class Bar:
 
 @dataclass(frozen=True)
 class Stack:
-    """A row of a stacked bar chart: a length for every part, and what is hatched of them."""
+    """A row of a stacked bar chart: a length for every part, and what is hatched of them.
+
+    `mark` is where a thick tick is drawn, such as what was measured.
+    """
 
     label: str
     parts: Sequence[float]
     text: str = ""
     hatched_from: float = 0.0
     hatched_to: float = 0.0
+    mark: float | None = None
 
 
 @dataclass(frozen=True)
@@ -120,12 +124,27 @@ def bars(
 
 
 @styled
-def stacks(rows: Sequence[Stack], parts: Sequence[str], axis: str, *, hatched: str = "") -> Any:
-    """Draws stacked horizontal bars; `hatched` names what lies inside them, in the legend."""
+def stacks(
+    rows: Sequence[Stack],
+    parts: Sequence[str],
+    axis: str,
+    *,
+    hatched: str = "",
+    mark: str = "",
+    reference: float | None = None,
+    reference_name: str = "",
+) -> Any:
+    """Draws stacked horizontal bars.
+
+    Args:
+        hatched, mark, reference_name: what these stand for, in the legend.
+        reference: where a dashed line goes across all bars.
+    """
     from matplotlib.patches import Patch
 
     figure, axes = _figure_of_rows([row.label for row in rows])
     colours = [COLOURS[index % len(COLOURS)] for index in range(len(parts))]
+    ends = [reference or 0.0]
     for y, row in enumerate(rows):
         start = 0.0
         for length, colour in zip(row.parts, colours, strict=True):
@@ -135,13 +154,21 @@ def stacks(rows: Sequence[Stack], parts: Sequence[str], axis: str, *, hatched: s
         if inside > 0:
             style = {"facecolor": "none", "edgecolor": INK, "linewidth": 0}
             axes.barh(y, inside, left=row.hatched_from, height=0.72, hatch="////", **style)
-        _write_beside(axes, start, y, row.text)
-    room = _room_for([row.text for row in rows])
-    axes.set_xlim(0, max(sum(row.parts) for row in rows) * room or 1)
+        if row.mark is not None:
+            axes.plot([row.mark, row.mark], [y - 0.42, y + 0.42], color=INK, linewidth=2.2)
+        ends.append(max(start, row.mark or 0.0))
+        _write_beside(axes, ends[-1], y, row.text)
+    if reference is not None:
+        axes.axvline(reference, color=INK, linestyle="--", linewidth=1)
+    axes.set_xlim(0, max(ends) * _room_for([row.text for row in rows]) or 1)
     axes.set_xlabel(axis)
-    handles = [Patch(color=c, label=part) for part, c in zip(parts, colours, strict=True)]
+    handles: list[Any] = [Patch(color=c, label=p) for p, c in zip(parts, colours, strict=True)]
     if hatched:
         handles.append(Patch(facecolor="none", edgecolor=INK, hatch="////", label=hatched))
+    if mark:
+        handles.append(_key(mark, linestyle="", marker="|", markersize=11, markeredgewidth=2.2))
+    if reference_name:
+        handles.append(_key(reference_name, linestyle="--", linewidth=1))
     _legend(figure, handles)
     return figure
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,17 @@ _DEFINITIONS = (
 )
 
 
-def report_runs(folders: Sequence[Path], out: Path | None = None) -> list[Path]:
+More = Callable[[list[Run]], Sequence[Chart]]
+
+
+def report_runs(
+    folders: Sequence[Path], out: Path | None = None, more: More | None = None
+) -> list[Path]:
     """Writes a page about runs, finished or not; see `write_document` for its files.
 
     Args:
         out: folder to write into; None: the run's own, or `report` here if there are several.
+        more: draws what this room knows nothing of, to stand after the other charts.
 
     Raises:
         UserError: a folder holds no run, or `out` cannot be written.
@@ -53,14 +59,14 @@ def report_runs(folders: Sequence[Path], out: Path | None = None) -> list[Path]:
     runs = read_runs(folders)
     if out is None:
         out = folders[0] if len(runs) == 1 else Path("report")
-    return write_document(run_document(runs), out)
+    return write_document(run_document(runs, more(runs) if more else ()), out)
 
 
-def run_document(runs: list[Run]) -> Document:
+def run_document(runs: list[Run], more: Sequence[Chart] = ()) -> Document:
     title = f"Run {runs[0].label}" if len(runs) == 1 else f"{len(runs)} runs side by side"
     document = Document(title)
     document.add(_summary(runs))
-    document.add(*_loss_charts(runs), *_speed_charts(runs), *_memory_charts(runs))
+    document.add(*_loss_charts(runs), *_speed_charts(runs), *_memory_charts(runs), *more)
     document.add(*_config_blocks(runs), Heading("Hardware and versions"), *_environments(runs))
     document.add(Heading("Definitions"), Listing(_DEFINITIONS))
     return document

@@ -19,10 +19,9 @@ from scalellm.config import TrainConfig
 _COMPILED_TOO = ("norm", "output")
 _WRAPPER_NAMES = ("_checkpoint_wrapped_module", "_orig_mod", "module", "_fsdp_wrapped_module")
 
+_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 # Dear to compute again and small to keep: the rest of a block is element-wise.
-_SAVED_OPS = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
+_SAVED_OPS = _PRODUCTS | {
     torch.ops.aten.bmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -49,11 +48,31 @@ def apply_transforms(model: nn.Module, train: TrainConfig) -> None:
 
 def _checkpointed(block: nn.Module, mode: str) -> nn.Module:
     kwargs: dict[str, Any] = {}
-    if mode == "selective":
-        kwargs["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+    if mode != "full":
+        kwargs["context_fn"] = functools.partial(_contexts, mode)
     return checkpoint_wrapper(block, preserve_rng_state=True, **kwargs)
+
+
+def _contexts(mode: str) -> Any:
+    """Contexts of one forward and of its repetition; called anew for each forward of a block."""
+    policy = _AlternatePolicy() if mode == "alternate" else _policy
+    return create_selective_checkpoint_contexts(policy)
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     keep = op in _SAVED_OPS
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class _AlternatePolicy:
+    """Keeps what `_policy` keeps but every second product of a weight, as torchtitan does."""
+
+    def __init__(self) -> None:
+        self._products = {False: 0, True: 0}  # by whether it is the repetition
+
+    def __call__(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op in _PRODUCTS:
+            self._products[context.is_recompute] += 1
+            if self._products[context.is_recompute] % 2 == 0:
+                return CheckpointPolicy.PREFER_RECOMPUTE
+        return _policy(context, op)

@@ -23,6 +23,7 @@ from scalellm.train.datasets import (
     with_vocabulary,
 )
 from scalellm.train.folder import RunFolder
+from scalellm.train.forecast import Forecast, MemoryWatch
 from scalellm.train.guards import EarlyStopping, NonFiniteGuard, StopSignal
 from scalellm.train.launchers import check_launcher
 from scalellm.train.limits import check_disk, check_resources
@@ -50,12 +51,15 @@ class Outcome:
         return self.reason not in ("done", "early stop")
 
 
-def run_training(config: Config, resume: str | None = None) -> Outcome:
+def run_training(
+    config: Config, resume: str | None = None, forecast: Forecast | None = None
+) -> Outcome:
     """Trains as `config` says, in as many ranks as the launcher started.
 
     Args:
         resume: None: a new run; "auto": the newest complete checkpoint of `run.dir`, if there is
             one; else the path of a checkpoint or of another run's folder.
+        forecast: predicts the memory beside the run, to be compared.
 
     Raises:
         UserError: nothing was trained, and nothing half-written is left.
@@ -78,12 +82,13 @@ def run_training(config: Config, resume: str | None = None) -> Outcome:
         mixture = open_mixture(config)
         config = with_vocabulary(config, mixture)
         check_resources(config, plan, world, strategy_class.sharding(options, world, config.train))
+        memory = MemoryWatch(forecast, world)
         resuming = resume is not None or world.restarts > 0
         folder = stack.enter_context(_claimed(config, world, resuming=resuming))
         source = find_checkpoint(folder, resume, world)
         strategy = strategy_class(world, config.train, options)
         stack.callback(strategy.close)
-        run = _build(config, world, strategy, plan, mixture, folder, source, stack)
+        run = _build(config, world, strategy, plan, mixture, folder, source, memory, stack)
         _announce(run, plan, mixture, source, world)
         launched.tell("started", step=run.step, world_size=world.world_size)
         reason = train(run, stop)
@@ -105,10 +110,12 @@ def _build(
     mixture: data.Mixture,
     folder: RunFolder,
     source: checkpoint.Checkpoint | None,
+    memory: MemoryWatch,
     stack: ExitStack,
 ) -> Run:
     torch.manual_seed(config.run.seed)
     session = Session()
+    memory.baseline_rss_bytes = session.baseline_rss_bytes
     with torch.device("meta"):  # the strategy gives it memory, as much as this rank holds
         model = Decoder(config.model)
     strategy.setup(model, functools.partial(make_adamw, train=config.train))
@@ -138,6 +145,7 @@ def _build(
         session=session,
         profiler=Profiler(config, world),
         sources=SourceMeter(mixture),
+        memory=memory,
     )
     stack.callback(run.profiler.close)
     if source is not None:

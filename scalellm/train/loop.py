@@ -17,6 +17,7 @@ from scalellm.evaluate import Evaluation
 from scalellm.metrics import Row, StepClock, Writer, peak_device_bytes, peak_rss_bytes
 from scalellm.strategies import Strategy
 from scalellm.train.datasets import SourceMeter
+from scalellm.train.forecast import MemoryWatch
 from scalellm.train.guards import EarlyStopping, NonFiniteGuard, StopSignal
 from scalellm.train.profiling import Profiler
 from scalellm.train.schedule import learning_rate
@@ -42,6 +43,7 @@ class Run:
     session: Session
     profiler: Profiler
     sources: SourceMeter
+    memory: MemoryWatch
     step: int = 0
     tokens: int = 0
     cursor: data.Cursor | None = None
@@ -64,8 +66,10 @@ def train(run: Run, stop: StopSignal) -> str:
     if run.step == 0 and run.config.eval.every_steps:
         _evaluate(run)  # where it starts from
     while run.step < config.steps and not run.early_stopping.should_stop:
+        run.memory.before_step()
         with run.profiler.step(run.step + 1):
             row, stop_asked = _train_step(run, stop)
+        run.memory.after_step(row)
         if run.step % config.log_every_steps == 0 or run.step == config.steps:
             _write(run, row)
         if _is_due(run.step, run.config.eval.every_steps) and run.step < config.steps:
@@ -85,7 +89,8 @@ def train(run: Run, stop: StopSignal) -> str:
     with run.session.saving():
         run.finish_saving()
     if run.session.has_trained:
-        _write(run, run.session.row(run.config, run.world, run.step, run.tokens, ended))
+        row = run.session.row(run.config, run.world, run.step, run.tokens, ended)
+        _write(run, {**row, "predicted_peak_bytes": run.memory.predicted_bytes})
     return ended
 
 

@@ -16,7 +16,7 @@ class Session:
     """From the start of this process to the end of its training; make it before the model."""
 
     def __init__(self) -> None:
-        self._baseline_rss_bytes = rss_bytes()
+        self.baseline_rss_bytes = rss_bytes()
         self._startup_s: float | None = None
         self._first_step_s: float | None = None
         self._tokens_before = 0
@@ -51,7 +51,7 @@ class Session:
         `goodput_tokens_per_s` are the tokens of this start over all its time since the process
         began; lists have an entry per rank.
         """
-        held = [self._baseline_rss_bytes, peak_rss_bytes(), peak_device_bytes(world.device)]
+        held = [self.baseline_rss_bytes, peak_rss_bytes(), peak_device_bytes(world.device)]
         baseline, peak, device = zip(*gather_over_ranks(held, world), strict=True)
         wall_s = process_age_s()
         return {

@@ -172,7 +172,7 @@ def test_the_page_stands_alone_and_names_every_cell(written: list[Path]) -> None
 def test_plots_of_all_kinds_and_sizes(written: list[Path]) -> None:
     plots = written[2:]
     kinds = ["throughput", "memory", "strong-scaling", "weak-scaling", "step-time", "loss"]
-    kinds += ["loss-difference", "mfu"]
+    kinds += ["loss-difference", "mfu", "planned-memory"]
     assert {path.stem for path in plots} == {
         f"{kind}-{size}" for kind in kinds for size in ("13m", "3m")
     }

@@ -9,10 +9,12 @@ import pytest
 from scalellm.config import Config, parse_config
 from scalellm.errors import ConfigError
 from scalellm.model import count_parameters
-from scalellm.plan.choose import AS_GIVEN, MARGIN, Chooser, Plan, merged
+from scalellm.plan.candidates import merged
+from scalellm.plan.choose import AS_GIVEN, MARGIN, Chooser, Plan
 from scalellm.plan.devices import Device, find_device
 from scalellm.plan.traffic import set_up
 from scalellm.plan.types import Memory
+from scalellm.plan.ways_out import more_ranks
 
 MODEL = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "vocab_size": 512, "seq_len": 32}
 VALUES: dict[str, Any] = {
@@ -20,7 +22,7 @@ VALUES: dict[str, Any] = {
     "strategy": {"name": "ddp"},
     "train": {"global_batch_size": 64, "micro_batch_size": 8},
 }
-ROW_BYTES = {"none": 1_000_000, "selective": 500_000, "full": 100_000}
+ROW_BYTES = {"none": 1_000_000, "selective": 500_000, "alternate": 350_000, "full": 100_000}
 
 
 def estimate(config: Config, world_size: int) -> Memory:
@@ -120,8 +122,11 @@ def test_more_devices_are_a_way_out() -> None:
     small_rows = {"train": {"micro_batch_size": 1, "activation_checkpointing": "full"}}
     nearest = chooser._try("nearest", 8, small_rows)
     assert not nearest.fits
-    more = chooser._more_ranks(nearest)
+    more = more_ranks(nearest, chooser._try, big)
     assert more is not None and more.fits and more.world_size in (16, 32)
+    # The ranks of one CPU share its memory: more of them do not help.
+    one_cpu = big.model_copy(update={"is_cpu": True})
+    assert more_ranks(nearest, chooser._try, one_cpu) is None
 
 
 def test_what_the_config_says_stays() -> None:
@@ -173,3 +178,27 @@ def test_hopeless_sizes_are_not_tried_again() -> None:
     assert asked.count(("none", 8)) <= 2
     best = rows(found)["fsdp offload"]
     assert best.fits
+
+
+def test_what_cannot_be_faster_is_not_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same plan as when everything is tried, from fewer estimates."""
+    asked: list[Config] = []
+
+    def counting(config: Config, world_size: int) -> Memory:
+        asked.append(config)
+        return estimate(config, world_size)
+
+    # Large enough for products to take the time: to compute blocks again is slower.
+    large = merged(VALUES, {"model": {"hidden_size": 1024, "num_heads": 8, "seq_len": 2048}})
+    states_bytes = 16 * count_parameters(parse_config(large).model)
+
+    def rows_of(limit: float) -> list[Any]:
+        found = Chooser(large, device(limit), counting).plan(8)
+        return [(row.label, row.changes, row.over_bytes, row.time) for row in found.rows]
+
+    limits = (states_bytes + 160e6, states_bytes + 260e6, states_bytes / 2)
+    sparing = [rows_of(limit) for limit in limits]
+    num_sparing = len(asked)
+    monkeypatch.setattr(Chooser, "_least_s", lambda *args: 0.0)
+    assert [rows_of(limit) for limit in limits] == sparing
+    assert num_sparing < len(asked) - num_sparing

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as tdist
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.fsdp._fully_shard._fsdp_common import _chunk_with_empty as original_chunks
 
 from scalellm.batches import Batch
 from scalellm.config import Config, parse_config
@@ -16,6 +20,7 @@ from scalellm.dist import World
 from scalellm.errors import UserError
 from scalellm.model import Decoder, count_parameters
 from scalellm.plan import dry_run as module
+from scalellm.plan._fakes import _Chunks
 from scalellm.plan.dry_run import dry_run
 from scalellm.plan.live import LiveBytes
 from scalellm.strategies.base import Options, Strategy
@@ -177,3 +182,98 @@ def test_the_middle_block_stands_for_the_others() -> None:
     trace = module.stretched(module.record(few, 2, "cuda"), 9)
     found = dry_run(many, 2)
     assert module.summarize(trace) == (found.memory, found.collectives)
+
+
+def test_the_shards_of_other_ranks_are_spared_and_nothing_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = [
+        # 7 ranks: the last ones have shards that are smaller, and none at all of small tensors.
+        config(
+            {"name": "fsdp", "param_dtype": "bf16"}, 7, 2, {"vocab_size": 301}, precision="bf16"
+        ),
+        config({"name": "fsdp", "shard_ranks": 3, "reshard_after_forward": False}, 6),
+    ]
+    sparing = [dry_run(one, world_size) for one, world_size in zip(made, (7, 6), strict=True)]
+    monkeypatch.setattr("scalellm.plan._fakes._Chunks", original_chunks)
+    for one, world_size, found in zip(made, (7, 6), sparing, strict=True):
+        whole = dry_run(one, world_size)
+        assert (whole.memory, whole.collectives) == (found.memory, found.collectives)
+
+
+@pytest.mark.parametrize(("rows", "ranks"), [(8, 4), (7, 4), (2, 4), (1, 3), (5, 1)])
+def test_chunks_are_those_that_torch_cuts(rows: int, ranks: int) -> None:
+    whole = torch.arange(rows * 3).view(rows, 3)
+    expected, chunks = original_chunks(whole, ranks, 0), _Chunks(whole, ranks, 0)
+    assert len(chunks) == len(expected) == ranks
+    for index in range(ranks):
+        assert torch.equal(chunks[index], expected[index])
+    with pytest.raises(IndexError):
+        chunks[ranks]
+
+
+LLAMA_8B = {
+    "model": {
+        "num_layers": 32,
+        "hidden_size": 4096,
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "seq_len": 8192,
+        "tie_embeddings": False,
+    },
+    "strategy": {"name": "fsdp", "param_dtype": "bf16", "reduce_dtype": "fp32"},
+    "train": {
+        "global_batch_size": 2048,
+        "micro_batch_size": 1,
+        "precision": "bf16",
+        "activation_checkpointing": "selective",
+    },
+}
+_UNDER_8_GB = """
+import json, resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+from scalellm.config import parse_config
+from scalellm.plan._fakes import _Chunks
+from scalellm.plan.dry_run import dry_run
+from scalellm.plan.traffic import collectives, traffic
+made = parse_config(json.load(sys.stdin))
+found = dry_run(made, 1024)
+assert found.collectives == collectives(traffic(made, 1024)), found.collectives
+print(json.dumps([found.memory.peak_bytes, sum(c.payload_bytes for c in found.collectives)]))
+"""
+
+
+@pytest.mark.slow
+def test_8_billion_parameters_over_1024_ranks_in_8_gb() -> None:
+    """All of the process, its libraries included, within 8 GiB of addresses."""
+    command = [sys.executable, "-c", _UNDER_8_GB]
+    found = subprocess.run(
+        command, input=json.dumps(LLAMA_8B), text=True, capture_output=True, check=True, timeout=600
+    )
+    peak_bytes, sent_bytes = json.loads(found.stdout)
+    parameters = count_parameters(parse_config(LLAMA_8B).model)
+    # Two micro-batches: gathered in bf16 twice each, reduced in fp32 once each.
+    assert sent_bytes == pytest.approx(2 * (2 * 2 + 4) * parameters, rel=1e-3)
+    assert peak_bytes > 16 * parameters / 1024
+
+
+def test_a_gpu_s_norm_keeps_its_input_and_a_number_a_row() -> None:
+    made = [
+        config(
+            {"name": "fsdp", "param_dtype": "bf16"}, 2, model={"num_layers": n}, precision="bf16"
+        )
+        for n in (5, 6)
+    ]
+    kept = {
+        kind: [dry_run(one, 2, kind).memory.activations_bytes for one in made]
+        for kind in ("cpu", "cuda")
+    }
+    a_block = {kind: many - few for kind, (few, many) in kept.items()}
+    # Two norms a block, each of 2 x 32 x 64 numbers: apart, they keep two wide copies of them.
+    assert a_block["cpu"] - a_block["cuda"] == pytest.approx(2 * 2 * 2 * 32 * 64 * 4, rel=0.1)
+    # In fp32 nothing is wide, but what was normalised is still kept.
+    plain = config({"name": "single"})
+    assert dry_run(plain, 1, "cuda").memory.peak_bytes < dry_run(plain, 1, "cpu").memory.peak_bytes
+    assert torch.nn.RMSNorm(4)(torch.ones(4)).tolist() == pytest.approx([1.0] * 4)

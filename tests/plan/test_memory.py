@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from scalellm.config import Config, TrainConfig, parse_config
 from scalellm.errors import ConfigError
-from scalellm.model import count_parameters
-from scalellm.plan.activations import activations
+from scalellm.model import Decoder, count_parameters
+from scalellm.plan.activations import activations, spared_by_compiling
 from scalellm.plan.dry_run import dry_run
 from scalellm.plan.memory import estimate
+from scalellm.strategies._transforms import apply_transforms
 
 TINY = {"num_layers": 8, "hidden_size": 64, "num_heads": 4, "vocab_size": 300, "seq_len": 32}
 
@@ -70,12 +72,15 @@ def test_checkpointing_keeps_a_block_s_input_only() -> None:
     model = parse_config({"model": {**TINY, "num_layers": 9}}).model
     kept = {
         mode: activations(model, TrainConfig(activation_checkpointing=mode), 2, 32)[0]
-        for mode in ("none", "selective", "full")
+        for mode in ("none", "selective", "alternate", "full")
     }
     fewer = model.model_copy(update={"num_layers": 8})
     without = activations(fewer, TrainConfig(activation_checkpointing="full"), 2, 32)[0]
     assert kept["full"] - without == 2 * 32 * 64 * 4
-    assert kept["none"] > kept["selective"] > kept["full"]
+    assert kept["none"] > kept["selective"] > kept["alternate"] > kept["full"]
+    # Of q, k, v, o, gate, up and down the second, fourth and sixth: 64, 64 and the MLP's features.
+    features = 64 + 64 + model.mlp_size
+    assert kept["selective"] - kept["alternate"] == 9 * 2 * 32 * features * 4
 
 
 ZERO = {"name": "deepspeed", "bucket_mb": 1}
@@ -104,6 +109,15 @@ def test_zero_offloads_to_the_host_of_a_gpu_and_nowhere_on_a_cpu() -> None:
     assert memory.optimizer_bytes == memory.gradients_bytes == 0
     assert memory.host_bytes >= 3 * count_parameters(made.model)
     assert estimate(made, 4, "cpu").host_bytes == 0
+
+
+def test_an_update_on_the_host_takes_nothing_of_the_device() -> None:
+    """One rank: flat fp32 gradients of the whole model are in the host's memory, not here."""
+    made = config({**ZERO, "stage": 2, "offload_optimizer": "cpu"}, 1, precision="bf16")
+    memory, parameters = estimate(made, 1), count_parameters(made.model)
+    assert memory.parameters_bytes == 2 * parameters and memory.activations_bytes > 0
+    here = estimate(config({**ZERO, "stage": 2}, 1, precision="bf16"), 1)
+    assert memory.peak_bytes < here.peak_bytes - 12 * parameters
 
 
 def test_stage_3_gathers_no_more_than_the_reuse_distance_allows(tmp_path: Path) -> None:
@@ -145,3 +159,50 @@ def test_a_strategy_of_one_s_own_is_taken_at_its_word(
     made = config({"name": "planned.halved"}, 2)
     memory = estimate(made, 2)
     assert memory.optimizer_bytes == 4 * count_parameters(made.model) == memory.gradients_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("mode", "within"), [("none", 0.1), ("selective", 0.01), ("alternate", 0.01)]
+)
+def test_compiled_blocks_keep_as_much_as_is_said(precision: str, mode: str, within: float) -> None:
+    shape = {"num_layers": 2, "hidden_size": 128, "num_heads": 4, "vocab_size": 300, "seq_len": 64}
+    train = {"precision": precision, "activation_checkpointing": mode, "compile": True}
+    made = parse_config({"model": {**shape, "attention": "sdpa"}, "train": train})
+    kept = activations(made.model, made.train, 4, 64, "cpu")[0]
+    said = kept - spared_by_compiling(made, 4, "cpu")
+    assert kept_bytes(made) == pytest.approx(said, rel=within)
+
+
+def kept_bytes(made: Config) -> int:
+    """What a really compiled forward keeps for its backward, parameters left out."""
+    torch._dynamo.reset()
+    model = Decoder(made.model)
+    apply_transforms(model, made.train)
+    tokens = torch.zeros(4, made.model.seq_len, dtype=torch.long)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    half = torch.autocast("cpu", torch.bfloat16, enabled=made.train.precision == "bf16")
+    with half, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(tokens, targets_BT=tokens)
+    total = sum(kept.values())  # before they are freed, and their addresses taken again
+    loss.backward()
+    return total
+
+
+def test_an_estimate_of_a_compiled_model_is_smaller() -> None:
+    plain, compiled = (
+        estimate(config(FSDP, 4, compile=compiles, activation_checkpointing="selective"), 4)
+        for compiles in (False, True)
+    )
+    # The last product of each block, 64 features in fp32 of 2 x 32 tokens.
+    assert plain.activations_bytes - compiled.activations_bytes == 8 * 2 * 32 * 64 * 4
+    assert plain.temporary_bytes == compiled.temporary_bytes

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from scalellm.config import Config, ModelConfig, TrainConfig, parse_config
-from scalellm.plan.devices import find_device
+from scalellm.plan.devices import Efficiency, find_device
 from scalellm.plan.operators import Work, measure_work
-from scalellm.plan.speed import Efficiency, step_time
+from scalellm.plan.speed import step_time
 
 NO_BYTES = Work(0, 0, 0)
 TINY = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "vocab_size": 512, "seq_len": 32}
@@ -108,6 +108,8 @@ def test_full_checkpointing_computes_a_third_again_of_the_blocks_only() -> None:
     again = small({"name": "single"}, 1, activation_checkpointing="full").compute_s
     assert 1 < again / plain < 4 / 3
     assert small({"name": "single"}, 1, activation_checkpointing="selective").compute_s == plain
+    half = small({"name": "single"}, 1, activation_checkpointing="alternate").compute_s
+    assert plain < half < plain + (again - plain) * 0.6
 
 
 def test_many_small_operators_are_as_slow_as_their_launches() -> None:
@@ -141,3 +143,15 @@ def test_work_is_that_of_the_decoder() -> None:
     half = measure_work(model, train.model_copy(update={"precision": "bf16"}), 1, half=True)
     cast = measure_work(model, train.model_copy(update={"precision": "bf16"}), 1)
     assert half.forward_bytes < cast.forward_bytes
+
+
+def test_launching_adds_up_on_a_cpu_and_hides_on_a_gpu() -> None:
+    of = config(TINY, {"name": "single"}, global_batch_size=4)
+    gpu = find_device("a100-80g")
+    work = Work(0, 0, 100)
+    on_gpu, on_cpu = (
+        step_time(of, 1, gpu.model_copy(update={"is_cpu": is_cpu}), Efficiency(), work)
+        for is_cpu in (False, True)
+    )
+    assert on_cpu.launch_s == pytest.approx(100 * gpu.launch_s)
+    assert on_gpu.launch_s == pytest.approx(100 * gpu.launch_s - on_gpu.compute_s)

@@ -80,7 +80,7 @@ def transformed_curve(name: str, transform: str) -> Curve:
         return run_curve(task, name, {}, detect())
 
 
-@pytest.mark.parametrize("transform", ["full", "selective", "compile"])
+@pytest.mark.parametrize("transform", ["full", "selective", "alternate", "compile"])
 def test_transforms_change_nothing(ranks: Callable[..., list[Curve]], transform: str) -> None:
     wanted = run_curve(Task(MODEL, 3, "fp64"), "single", {}, World())
     for curve in ranks(transformed_curve, 2, "fsdp", transform):

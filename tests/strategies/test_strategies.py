@@ -72,7 +72,7 @@ def test_single_refuses_company() -> None:
         Single.check(Options(), World(world_size=2, launcher="torchrun"), TrainConfig())
 
 
-@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("mode", ["selective", "alternate", "full"])
 def test_activation_checkpointing_changes_no_bit(mode: str) -> None:
     plain, checkpointed = (
         built(precision="fp64"),

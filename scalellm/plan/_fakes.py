@@ -1,0 +1,110 @@
+"""What stands in for what is not here: other ranks in a dry run, and a GPU's own kernels."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as tdist
+from torch import Tensor, nn
+
+
+@contextmanager
+def fake_group(world_size: int) -> Iterator[None]:
+    """This process is rank 0 of so many; collectives leave their outputs as they are."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    tdist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        with _own_shards_only():
+            yield
+    finally:
+        tdist.destroy_process_group()
+
+
+@contextmanager
+def _own_shards_only() -> Iterator[None]:
+    """Spares FSDP the shards of other ranks: of 1,024 views a parameter it looks at one or two.
+
+    Fake tensors for them took two thirds of a dry run of 1,024 ranks. Where torch has no such
+    function any more, nothing is spared.
+    """
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    module: Any = _fsdp_param
+    original = getattr(module, "_chunk_with_empty", None)
+    if original is None:
+        yield
+        return
+    module._chunk_with_empty = _Chunks
+    try:
+        yield
+    finally:
+        module._chunk_with_empty = original
+
+
+class _Chunks:
+    """The chunks that `torch.chunk` cuts, and empty ones after the last, each made when asked."""
+
+    def __init__(self, tensor: Tensor, num_chunks: int, dim: int) -> None:
+        self._tensor, self._dim, self._num_chunks = tensor, dim, num_chunks
+        self._each = max(1, -(-tensor.shape[dim] // num_chunks))
+
+    def __len__(self) -> int:
+        return self._num_chunks
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < self._num_chunks:
+            raise IndexError(f"chunk {index} of {self._num_chunks}")
+        start = index * self._each
+        length = min(self._each, self._tensor.shape[self._dim] - start)
+        if length <= 0 and index > 0:
+            return self._tensor.new_empty(0)
+        return self._tensor.narrow(self._dim, start, length)
+
+
+@contextmanager
+def kernels_of(device_type: str) -> Iterator[None]:
+    """Takes the kernels that such a device has and a CPU has not.
+
+    RMSNorm on a GPU is one kernel where input and weight are of one type: it keeps its input and a
+    number a row, where a CPU's is put together from operators that keep wide copies. (Torch 2.13,
+    aten/src/ATen/native/layer_norm.cpp; autocast leaves the weight wide, and the operators apart.)
+    """
+    if device_type == "cpu":
+        yield
+        return
+    original = nn.RMSNorm.forward
+
+    def forward(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+        if norm.weight is None or norm.weight.dtype != x.dtype:
+            return original(norm, x)
+        made: Tensor = _FusedNorm.apply(x, norm.weight)
+        return made
+
+    nn.RMSNorm.forward = forward  # type: ignore[method-assign,assignment]
+    try:
+        with warnings.catch_warnings():
+            # True, and counted; but not what the user asked.
+            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+            yield
+    finally:
+        nn.RMSNorm.forward = original  # type: ignore[method-assign]
+
+
+class _FusedNorm(torch.autograd.Function):
+    """Takes and keeps what the kernel does, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+        ctx.save_for_backward(x, weight, scale)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)

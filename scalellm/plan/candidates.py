@@ -1,0 +1,77 @@
+"""Ways to train one config: what each changes, and what is known of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from scalellm.config import Config
+from scalellm.plan.devices import Device
+from scalellm.plan.speed import StepTime
+from scalellm.plan.types import Memory
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to train: what it changes in the config, what it needs and how long a step takes.
+
+    `refused` says why it cannot be, in the place of memory and time; `time` is None where it does
+    not fit.
+    """
+
+    label: str
+    world_size: int
+    changes: Values
+    config: Config | None = None
+    memory: Memory | None = None
+    time: StepTime | None = None
+    over_bytes: int = 0
+    refused: str = ""
+
+    @property
+    def fits(self) -> bool:
+        return self.memory is not None and self.over_bytes <= 0
+
+
+def variants(world_size: int, device: Device, precision: str) -> dict[str, dict[str, Any]]:
+    """Strategies worth comparing on so many ranks, with their options."""
+    if world_size == 1:
+        return {"single": {"name": "single"}, **offloading()}
+    found: dict[str, dict[str, Any]] = {
+        "ddp": {"name": "ddp"},
+        "fsdp": {"name": "fsdp"},
+        "fsdp no reshard": {"name": "fsdp", "reshard_after_forward": False},
+    }
+    half = {"param_dtype": precision, "reduce_dtype": "fp32"}
+    if precision in ("bf16", "fp16"):
+        found[f"fsdp {precision}"] = {"name": "fsdp", **half}
+    else:
+        half = {}
+    if world_size > device.devices_per_node and world_size % device.devices_per_node == 0:
+        one_node = {"shard_ranks": device.devices_per_node}
+        found["fsdp hybrid"] = {"name": "fsdp", **one_node, **half}
+    for stage in (1, 2, 3):
+        found[f"zero-{stage}"] = {"name": "deepspeed", "stage": stage}
+    return {**found, **offloading()}
+
+
+def offloading() -> dict[str, dict[str, Any]]:
+    """Those that keep something in the host's memory."""
+    both = {"offload_optimizer": "cpu", "offload_param": "cpu"}
+    return {
+        "fsdp offload": {"name": "fsdp", "cpu_offload": True},
+        "zero-2 offload": {"name": "deepspeed", "stage": 2, "offload_optimizer": "cpu"},
+        "zero-3 offload": {"name": "deepspeed", "stage": 3, **both},
+    }
+
+
+def merged(values: Values, changes: Values) -> dict[str, Any]:
+    """The values with the changes in them; a new strategy replaces the old one with its options."""
+    result = dict(values)
+    for section, fields in changes.items():
+        old = {} if section == "strategy" else dict(result.get(section) or {})
+        result[section] = {**old, **fields}
+    return result
