@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from _processes import end_tree, start
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 SIZE = {"cpu": 2048, "cuda": 8192}
 TIMEOUT_S = 300.0
-# Rounding of fp32, with room: a path that computes in fewer bits is three orders of magnitude off.
-_FP32_ERROR = 1e-4
 _LEAST_PRODUCTS = 3
 _DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 Way = Callable[[], AbstractContextManager[None]]
@@ -96,30 +94,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-@contextmanager
-def _through_onednn() -> Iterator[None]:
-    """On a CPU the default fp32 product may take half as fast a path as there is."""
-    import torch
-
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
-
-
 def _ways(precision: str, a: torch.Tensor, b: torch.Tensor) -> Iterator[Way]:
     """The ways to multiply in this precision; the best of them is the peak."""
     yield nullcontext
     if precision != "fp32" or a.device.type != "cpu":
         return
-    exact = a[:64].double() @ b.double()
-    with _through_onednn():
-        error = float(((a @ b)[:64] - exact).norm() / exact.norm())
-    if error < _FP32_ERROR:  # else this CPU has bf16 units, and it would no longer be fp32
-        yield _through_onednn
+    from scalellm.products import onednn_keeps_fp32, through_onednn
+
+    if onednn_keeps_fp32():
+        yield through_onednn
 
 
 def _best_s(way: Way, a: torch.Tensor, b: torch.Tensor, seconds: float) -> float:

@@ -24,6 +24,7 @@ from scalellm import launched
 from scalellm.cores import available_cores, bound_to_share
 from scalellm.errors import ConfigError, UserError
 from scalellm.launched import read_int
+from scalellm.products import fast_fp32
 
 T = TypeVar("T")
 
@@ -151,7 +152,7 @@ def ranks(
     world = replace(world, device=_pick_device(device, world.local_rank))
     torch.set_num_threads(threads or threads_per_rank(world))
     share = bound_to_share(world.local_rank, world.local_world_size)
-    with share if bind_cores and not has_own_cores(world) else nullcontext():
+    with share if bind_cores and not has_own_cores(world) else nullcontext(), fast_fp32():
         yield from _in_group(world, process_group)
 
 

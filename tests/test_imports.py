@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "scalellm"
 # Lower rooms know nothing of higher ones. A new room must be given its place here.
 LAYERS = [
     {"__init__", "errors", "durable"},
-    {"launched", "cores", "ray_local"},
+    {"launched", "cores", "process", "products", "ray_local"},
     {"config", "dist", "ray_session"},
     {"model", "data", "metrics"},
     {"batches", "report"},

@@ -20,6 +20,7 @@ from scalellm.config import Section, read_yaml, setting
 from scalellm.config.explain import explain
 from scalellm.errors import ConfigError, did_you_mean
 from scalellm.model import cpu_multiplies_bf16
+from scalellm.products import fast_fp32
 
 THIS_CPU = "this-cpu"
 _FILE = Path(__file__).with_name("devices.yaml")
@@ -168,7 +169,8 @@ _CPU_OPERATOR_S = 5e-6
 def measure_this_cpu() -> Device:
     """Measures matrix products and copies of the whole machine for about a second."""
     bandwidth = _copy_bytes_per_s()
-    rates = {"fp64": _gemm_flops(torch.float64), "fp32": _gemm_flops(torch.float32)}
+    with fast_fp32():  # as in a run
+        rates = {"fp64": _gemm_flops(torch.float64), "fp32": _gemm_flops(torch.float32)}
     if cpu_multiplies_bf16():
         rates["bf16"] = _gemm_flops(torch.bfloat16)
     return Device(
