@@ -7,7 +7,8 @@ import statistics
 from typing import Any
 
 LOSS_STEPS = 20
-_OURS, _BARE = "scalellm", "scalellm-bare"
+# As compiled by part, and as one graph.
+_OURS, _BARE = ("scalellm", "scalellm-model"), ("scalellm-bare", "scalellm-bare-model")
 
 
 def summarize(args: argparse.Namespace, gemm: dict[str, list[float]]) -> dict[str, Any]:
@@ -16,10 +17,10 @@ def summarize(args: argparse.Namespace, gemm: dict[str, list[float]]) -> dict[st
     rows = [_row(one, tokens, gemm) for one in args.contestants]
     by_name = {row["name"]: row for row in rows}
     done = [row for row in rows if row["status"] == "ok"]
-    ours = [row for row in done if row["peer"] == _OURS]
+    ours = [row for row in done if row["peer"] in _OURS]
     best = max(ours, key=lambda row: row["tokens_per_s"]["median"], default=None)
     for row in done:
-        mine = by_name.get(f"{_OURS}-{row['variant']}")
+        mine = by_name.get(f"{_OURS[0]}-{row['variant']}")
         row["best_over_it"] = _ratio(best, row)
         row["same_variant_over_it"] = _ratio(mine, row)
     return {
@@ -28,9 +29,10 @@ def summarize(args: argparse.Namespace, gemm: dict[str, list[float]]) -> dict[st
         "contestants": rows,
         "best": best and best["name"],
         "whole_over_bare": {
-            row["variant"]: _whole_over_bare(row, by_name[bare])
+            row["name"].removeprefix("scalellm-"): _whole_over_bare(row, by_name[bare])
             for row in ours
-            if (bare := f"{_BARE}-{row['variant']}") in by_name and by_name[bare]["status"] == "ok"
+            if (bare := row["name"].replace("scalellm", "scalellm-bare", 1)) in by_name
+            and by_name[bare]["status"] == "ok"
         },
         "loss_differences": _loss_differences(done),
     }
@@ -92,7 +94,7 @@ def _whole_over_bare(whole: dict[str, Any], bare: dict[str, Any]) -> dict[str, A
 
 def _loss_differences(done: list[dict[str, Any]]) -> dict[str, Any]:
     """Largest distance, over the first steps, to the first of ours; by name."""
-    reference = next((row for row in done if row["peer"] in (_OURS, _BARE)), None)
+    reference = next((row for row in done if row["peer"] in _OURS + _BARE), None)
     if reference is None:
         return {}
     wanted = reference["losses"]

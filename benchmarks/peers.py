@@ -69,6 +69,12 @@ class Peer:
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
+_ONE_GRAPH: dict[str, Any] = {
+    "ships": "",
+    "variants": ("best",),
+    "options": {"compile_scope": "model"},
+    "settings": ENVIRONMENT,
+}
 PEERS = {
     "plain": Peer("plain", "plain_loop"),
     "plain-fused": Peer("plain", "plain_loop", "", ("best",), {"fused": True}),
@@ -87,6 +93,8 @@ PEERS = {
     "litgpt-true": Peer("litgpt", "litgpt_fabric", "", ("bf16-compile",), {"true": True}),
     "scalellm-bare": Peer(None, "scalellm_bare", "", settings=ENVIRONMENT),
     "scalellm": Peer(None, "scalellm_trainer", settings=ENVIRONMENT),
+    "scalellm-bare-model": Peer(None, "scalellm_bare", **_ONE_GRAPH),
+    "scalellm-model": Peer(None, "scalellm_trainer", **_ONE_GRAPH),
 }
 
 

@@ -1,8 +1,10 @@
-"""What the environment of a training process says to libraries, before they load."""
+"""What a training process tells the libraries that it is about to load, and the C library."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 
 ENVIRONMENT = {
     # Read by OpenMP when torch loads. Its own default lets a waiting thread spin for milliseconds,
@@ -21,3 +23,25 @@ def set_environment() -> None:
     """Sets `ENVIRONMENT`, but for what the user has set."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+# glibc's mallopt(3).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT_BYTES = 1 << 30
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what is freed, up to 1 GiB a block, for the next step to use again.
+
+    Otherwise blocks of 32 MiB and more, such as logits, go back to the system every time, which
+    clears them before it hands them out again. Worth 4% of a step, at the same peak (docs/log.md).
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in every C library
+    for parameter, name in (
+        (_M_TRIM_THRESHOLD, "MALLOC_TRIM_THRESHOLD_"),
+        (_M_MMAP_THRESHOLD, "MALLOC_MMAP_THRESHOLD_"),
+    ):
+        if mallopt is not None and name not in os.environ:  # the user has not chosen
+            mallopt(parameter, _KEPT_BYTES)

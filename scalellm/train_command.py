@@ -20,6 +20,7 @@ from scalellm.errors import (
     UserError,
     is_out_of_memory,
 )
+from scalellm.process import keep_freed_memory
 
 if TYPE_CHECKING:
     from scalellm.config import Config
@@ -100,6 +101,7 @@ def train(argv: Sequence[str]) -> int:
         return _start_on_ray(config, options.resume, started, argv)
     from scalellm.plan.forecast import BackgroundForecast
 
+    keep_freed_memory()
     failure = ""
     with closing(BackgroundForecast(config, started)) as forecast:
         from scalellm.train import run_training

@@ -1,7 +1,7 @@
 """Our decoder and our optimizer in a bare loop: what the whole trainer is measured against.
 
-The same weights, transforms, loss and clipping as `scalellm train`, so its losses are the same; no
-loader, guards, metrics or checkpoints.
+The same weights, transforms, loss and clipping as `scalellm train`, in a process with the same
+settings, so its losses are the same; no loader, guards, metrics or checkpoints.
 """
 
 from __future__ import annotations
@@ -11,13 +11,20 @@ from _worker import Gate, Task
 
 from scalellm.config import ModelConfig, TrainConfig
 from scalellm.model import Decoder, count_parameters, flops_per_token
+from scalellm.process import keep_freed_memory
+from scalellm.products import fast_fp32
 from scalellm.strategies._norm import norm_of
 from scalellm.strategies._transforms import apply_transforms
 from scalellm.train.optimizer import make_adamw
 
 
 def main() -> None:
-    task = Task.read()
+    keep_freed_memory()
+    with fast_fp32():
+        _train(Task.read())
+
+
+def _train(task: Task) -> None:
     config = ModelConfig(
         num_layers=task.num_layers,
         hidden_size=task.hidden_size,
@@ -28,6 +35,7 @@ def main() -> None:
     )
     train = TrainConfig(
         compile=task.compile,
+        compile_scope=task.options.get("compile_scope", "parts"),
         learning_rate=task.learning_rate,
         beta1=task.betas[0],
         beta2=task.betas[1],

@@ -69,7 +69,7 @@ def main() -> int:
     values = {
         **{f"model.{key}": value for key, value in model_config(task).items()},
         "model.preset": "null",
-        "run.dir": task.folder / f"run-{task.precision}-{task.compile}",
+        "run.dir": task.folder / f"run-{task.precision}-{task.compile}-{len(task.options)}",
         "run.seed": task.seed,
         "run.device": "cpu",
         "run.threads": task.threads,
@@ -79,6 +79,7 @@ def main() -> int:
         "train.micro_batch_size": "null",
         "train.precision": task.precision,
         "train.compile": str(task.compile).lower(),
+        "train.compile_scope": task.options.get("compile_scope", "parts"),
         "train.learning_rate": task.learning_rate,
         "train.schedule": "constant",
         "train.warmup_steps": 0,

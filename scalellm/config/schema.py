@@ -151,6 +151,11 @@ class TrainConfig(Section):
     eps: float = setting(1e-8, "AdamW's epsilon", gt=0)
     grad_clip: float = setting(1.0, "largest global gradient norm; 0: no clipping", ge=0)
     compile: bool = setting(False, "torch.compile each decoder block, and the loss")
+    compile_scope: Literal["parts", "model"] = setting(
+        "parts",
+        "what `compile` makes one graph of: each part, or the whole model, which is faster by some "
+        "percent and needs whole weights in every rank",
+    )
     activation_checkpointing: Literal["none", "selective", "alternate", "full"] = setting(
         "none",
         "recompute in the backward: nothing, all but matrix products, every second product too, "

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from scalellm.config import BatchPlan, TrainConfig, setting
 from scalellm.errors import ConfigError
+from scalellm.strategies._transforms import refuse_one_graph
 from scalellm.strategies.base import Options, Sharding
 
 # The bridge to the neutral checkpoint reads attributes that are private to DeepSpeed.
@@ -115,6 +116,8 @@ def check(options: DeepSpeedOptions, train: TrainConfig) -> None:
             "strategy.offload_param=nvme stores fp32 parameters in half precision without saying "
             "so; use strategy.offload_param=cpu with strategy.offload_optimizer=nvme"
         )
+    if stage == 3:
+        refuse_one_graph(train, "strategy.stage=3")
     if optimizer == "nvme":
         _check_nvme(options)
     _check_installed()

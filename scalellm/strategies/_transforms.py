@@ -14,6 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from scalellm.config import TrainConfig
+from scalellm.errors import ConfigError
 
 # After the blocks: RMSNorm and cross-entropy are many operators over large tensors.
 _COMPILED_TOO = ("norm", "output")
@@ -40,10 +41,25 @@ def apply_transforms(model: nn.Module, train: TrainConfig) -> None:
     if train.activation_checkpointing != "none":
         for index, block in layers.named_children():
             layers.register_module(index, _checkpointed(block, train.activation_checkpointing))
-    if train.compile:
+    if train.compile and train.compile_scope == "model":
+        model.compile()
+    elif train.compile:
         rest = [part for name, part in model.named_children() if name in _COMPILED_TOO]
         for part in (*layers.children(), *rest):
             part.compile()
+
+
+def refuse_one_graph(train: TrainConfig, strategy: str) -> None:
+    """For strategies that gather the weights of a block just before it runs.
+
+    Raises:
+        ConfigError: the whole model is to be one graph.
+    """
+    if train.compile and train.compile_scope == "model":
+        raise ConfigError(
+            f"train.compile_scope=model makes one graph of all blocks, but {strategy} gathers "
+            "their weights one after the other; use train.compile_scope=parts, or strategy.name=ddp"
+        )
 
 
 def _checkpointed(block: nn.Module, mode: str) -> nn.Module:

@@ -28,6 +28,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from scalellm.config import TrainConfig, setting
 from scalellm.dist import World, sum_over_ranks
 from scalellm.errors import ConfigError
+from scalellm.strategies._transforms import refuse_one_graph
 from scalellm.strategies.base import Options, Sharding, Strategy, is_meta
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,6 +71,7 @@ class FSDP(Strategy):
     @classmethod
     def check(cls, options: Options, world: World, train: TrainConfig) -> None:
         options = cast(FSDPOptions, options)
+        refuse_one_graph(train, "fsdp")
         if options.shard_ranks is not None and world.world_size % options.shard_ranks:
             fitting = [n for n in range(1, world.world_size + 1) if world.world_size % n == 0]
             raise ConfigError(

@@ -206,7 +206,7 @@ def _announce(
     if source is not None:
         print(f"resumed from {source.path}")
     if config.train.compile:
-        print("compiling the decoder blocks: about a minute before the first step")
+        print("compiling the decoder: about a minute before the first step")
     if (
         config.train.precision == "bf16"
         and world.device.type == "cpu"
