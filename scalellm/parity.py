@@ -51,6 +51,7 @@ def _zero(stage: int, name: str = "deepspeed", **options: Any) -> Variant:
 VARIANTS = {
     "single": Variant("single", worlds=(1,)),
     "ddp": Variant("ddp"),
+    "ddp-zero1": Variant("ddp", {"shard_optimizer": True}),
     "fsdp": Variant("fsdp"),
     "fsdp-no-reshard": Variant("fsdp", {"reshard_after_forward": False}),
     "fsdp-cpu-offload": Variant("fsdp", {"cpu_offload": True}),

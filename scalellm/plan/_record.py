@@ -24,7 +24,7 @@ from scalellm.plan.allocator import Event
 from scalellm.plan.live import Kind, LiveBytes, Segment, local_of
 from scalellm.strategies import Strategy
 from scalellm.strategies.base import Options
-from scalellm.strategies.ddp import DDPOptions
+from scalellm.strategies.ddp import DDP, DDPOptions
 from scalellm.train.optimizer import make_adamw
 
 # A model of this many blocks has one, of this index, that stands for any number of blocks: neither
@@ -184,13 +184,15 @@ class _Step:
         self.buckets: Buckets | None = None
         self.part = LAST
         is_ddp = strategy_class is not Strategy and config.strategy.name in ("ddp", "accelerate")
-        kind = Strategy if is_ddp else strategy_class
-        self.strategy = kind(world, config.train, options)
+        chosen = options if isinstance(options, DDPOptions) else DDPOptions()
+        if is_ddp:
+            self.strategy: Strategy = _BareDDP(world, config.train, chosen)
+        else:
+            self.strategy = strategy_class(world, config.train, options)
         _without_values(self.strategy)
         self.strategy.setup(model, functools.partial(make_adamw, train=config.train))
         self.named = dict(self.strategy.named_parameters())
         if is_ddp:
-            chosen = options if isinstance(options, DDPOptions) else DDPOptions()
             self.buckets = Buckets(list(self.named.values()), chosen)
             self.buckets.live = live
             live.call("gradients", self.buckets.tensors)
@@ -249,7 +251,8 @@ class _Step:
                 continue
             held_bytes = local_of(parameter.detach()).nbytes
             sizes["parameters"] += held_bytes
-            state = self.strategy.optimizer.state.get(parameter, {})
+            updated, _ = self.strategy.updated_part(parameter)
+            state = self.strategy.optimizer.state.get(updated, {})
             sizes["optimizer"] += sum(local_of(torch.as_tensor(v)).nbytes for v in state.values())
             if self.buckets is not None and parameter.requires_grad:
                 sizes["gradients"] += held_bytes * self.buckets.copies
@@ -274,6 +277,13 @@ class _Step:
             positions_BT=None if documents is None else documents[:, 1:],
             documents_BT=None if documents is None else documents[:, 1:],
         )
+
+
+class _BareDDP(DDP):
+    """DDP without its module, whose C++ reads values; `Buckets` hold what it would."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return model
 
 
 def _without_values(strategy: Strategy) -> None:

@@ -42,6 +42,7 @@ def variants(world_size: int, device: Device, precision: str) -> dict[str, dict[
         return {"single": {"name": "single"}, **offloading()}
     found: dict[str, dict[str, Any]] = {
         "ddp": {"name": "ddp"},
+        "ddp zero-1": {"name": "ddp", "shard_optimizer": True},
         "fsdp": {"name": "fsdp"},
         "fsdp no reshard": {"name": "fsdp", "reshard_after_forward": False},
     }

@@ -28,6 +28,7 @@ from scalellm.errors import ConfigError
 from scalellm.model import Decoder
 from scalellm.plan.types import Collective, CollectiveKind
 from scalellm.strategies import Options, Sharding, Strategy, parse_options, resolve
+from scalellm.strategies._row_shares import RowShares
 from scalellm.strategies.accelerate import AccelerateOptions
 from scalellm.strategies.ddp import DDPOptions
 from scalellm.strategies.fsdp import FSDPOptions
@@ -153,14 +154,25 @@ def _elements(shapes: Iterable[Shape], ranks: int = 1) -> int:
 def _ddp(config: Config, options: DDPOptions, world_size: int) -> list[Transfer]:
     if options.compression == "powersgd":
         size = _powersgd_bytes(config, options)
-        return [Transfer("all_reduce", "backward", 3, size, world_size)]
-    # The last bucket is full when the backward is done.
-    *hidden, last = _bucket_sizes(config, options)
-    transfers = [Transfer("all_reduce", "backward", 1, last, world_size)]
-    if hidden:
-        sizes = (len(hidden), sum(hidden), world_size)
-        transfers.append(Transfer("all_reduce", "backward", *sizes, overlaps=True))
+        transfers = [Transfer("all_reduce", "backward", 3, size, world_size)]
+    else:  # the last bucket is full when the backward is done
+        *hidden, last = _bucket_sizes(config, options)
+        transfers = [Transfer("all_reduce", "backward", 1, last, world_size)]
+        if hidden:
+            sizes = (len(hidden), sum(hidden), world_size)
+            transfers.append(Transfer("all_reduce", "backward", *sizes, overlaps=True))
+    if options.shard_optimizer:
+        gathered = _gathered_bytes(config, options, world_size)
+        transfers.append(Transfer("all_gather", "step", len(gathered), sum(gathered), world_size))
     return transfers
+
+
+def _gathered_bytes(config: Config, options: DDPOptions, world_size: int) -> list[int]:
+    """Of the weights, after each rank has updated its share of them."""
+    stored = torch.float64 if config.train.precision == "fp64" else torch.float32
+    named = list(_decoder(config.model).to(stored).named_parameters())
+    world = World(world_size=world_size, launcher="the planner")
+    return RowShares(named, world, options.bucket_mb * _MIB).gathered_bytes()
 
 
 def _bucket_sizes(config: Config, options: DDPOptions) -> list[int]:

@@ -176,10 +176,17 @@ class Strategy:
             self._scale_gradients(self._clip_factor(grad_norm) / self.loss_scale.value)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
-            self.optimizer.step()
+            self.update()
         self.loss_scale.update(overflowed=skipped)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.drop_gradients()
         return StepResult(grad_norm, skipped)
+
+    def update(self) -> None:
+        """Changes the weights by the gradients, which are clipped."""
+        self.optimizer.step()
+
+    def drop_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
     def grad_norm(self) -> float:
         """Global 2-norm of the accumulated gradients, equal on all ranks."""
@@ -232,6 +239,10 @@ class Strategy:
         """The opposite of `part_of`: gathers a tensor of which every rank holds a part."""
         return tensor
 
+    def updated_part(self, parameter: nn.Parameter) -> tuple[nn.Parameter, tuple[int, ...]]:
+        """What the optimizer knows the parameter by, and where what this rank updates begins."""
+        return parameter, self.part_of(parameter.detach())[1]
+
     def writes(self, index: int) -> bool:
         """Whether this rank saves its part of parameter `index`; replicas share the work."""
         return index % self.world.world_size == self.world.rank
@@ -244,11 +255,11 @@ class Strategy:
         for index, (name, parameter) in enumerate(self.named_parameters()):
             if not self.writes(index):
                 continue
-            local, offsets = self.part_of(parameter.detach())
-            shape = tuple(parameter.shape)
+            updated, offsets = self.updated_part(parameter)
+            local, shape = self.part_of(updated.detach())[0], tuple(parameter.shape)
             if local.numel():
                 yield Piece(f"model.{name}", local, shape, offsets)
-            for key, value in sorted(self.optimizer.state.get(parameter, {}).items()):
+            for key, value in sorted(self.optimizer.state.get(updated, {}).items()):
                 value = torch.as_tensor(value).detach()
                 if value.dim():
                     value = self.part_of(value)[0]
@@ -269,22 +280,25 @@ class Strategy:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 self._read_into(parameter, source, f"model.{name}")
-                if f"optim.{name}.step" not in source.names():
-                    self.optimizer.state.pop(parameter, None)
+                updated, offsets = self.updated_part(parameter)
+                if f"optim.{name}.step" not in source.names() or not updated.numel():
+                    self.optimizer.state.pop(updated, None)
                     continue
-                state = {key: torch.zeros_like(parameter) for key in MOMENTS}
+                state = {key: torch.zeros_like(updated) for key in MOMENTS}
                 for key, value in state.items():
-                    self._read_into(value, source, f"optim.{name}.{key}")
+                    self._read_into(value, source, f"optim.{name}.{key}", offsets)
                 step = source.read(f"optim.{name}.step", (), ())
                 # The fused kernel wants its counter on the device, the others on the CPU.
                 fused = self.optimizer.param_groups[0].get("fused")
                 state["step"] = step.to(parameter.device) if fused else step
-                self.optimizer.state[parameter] = state
+                self.optimizer.state[updated] = state
 
-    def _read_into(self, tensor: Tensor, source: StateSource, name: str) -> None:
+    def _read_into(
+        self, tensor: Tensor, source: StateSource, name: str, begin: tuple[int, ...] | None = None
+    ) -> None:
         local, offsets = self.part_of(tensor.detach())
         if local.numel():
-            local.copy_(source.read(name, offsets, tuple(local.shape)))
+            local.copy_(source.read(name, offsets if begin is None else begin, tuple(local.shape)))
 
     def memory(self) -> dict[str, int]:
         """Bytes this rank holds between steps: parameters and optimizer; gradients in the step."""

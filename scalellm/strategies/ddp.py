@@ -1,7 +1,8 @@
 """`ddp`: every rank holds the whole model and the ranks average their gradients.
 
 Sources: Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel Training";
-Vogels et al. 2019, "PowerSGD" (the lossy compression of `compression: powersgd`).
+Vogels et al. 2019, "PowerSGD" (the lossy compression of `compression: powersgd`); Rajbhandari et
+al. 2020, "ZeRO" (its first stage: `shard_optimizer`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 from scalellm.config import TrainConfig, setting
 from scalellm.dist import World
 from scalellm.errors import ConfigError
-from scalellm.strategies.base import Options, Strategy
+from scalellm.strategies._row_shares import RowShares
+from scalellm.strategies.base import (
+    MakeOptimizer,
+    NamedParameters,
+    Options,
+    Sharding,
+    Strategy,
+)
 
 
 class DDPOptions(Options):
@@ -28,6 +36,11 @@ class DDPOptions(Options):
         True,
         "allow forwards that leave parameters out; false saves a graph walk a step, and stops the "
         "run if one is left out",
+    )
+    shard_optimizer: bool = setting(
+        False,
+        "each rank keeps AdamW's state of its share of the weights, updates that share and sends "
+        "it to the others (ZeRO stage 1): 8 bytes a parameter become 8 / ranks",
     )
     compression: Literal["none", "bf16", "fp16", "powersgd"] = setting(
         "none",
@@ -58,10 +71,25 @@ class DDP(Strategy):
                 "keeps; use strategy.compression=none or another precision"
             )
 
+    @classmethod
+    def sharding(cls, options: Options, world: World, train: TrainConfig) -> Sharding:
+        divides = cast(DDPOptions, options).shard_optimizer
+        return Sharding(optimizer=world.world_size if divides else 1)
+
     def __init__(self, world: World, train: TrainConfig, options: Options) -> None:
         super().__init__(world, train, options)
+        self._shares: RowShares | None = None
         # Who makes the distributed module; Accelerate puts itself in between.
         self.distribute: Callable[[nn.Module], nn.Module] = self._distribute
+
+    def setup(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        options = cast(DDPOptions, self.options)
+
+        def make_for_shares(named: NamedParameters) -> torch.optim.Optimizer:
+            self._shares = RowShares(named, self.world, options.bucket_mb << 20)
+            return make_optimizer(self._shares.named())
+
+        super().setup(model, make_for_shares if options.shard_optimizer else make_optimizer)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         self.gradient_scale = float(self.world.world_size)  # DDP averages; the loss wants a sum
@@ -90,6 +118,31 @@ class DDP(Strategy):
         if isinstance(self.module, DistributedDataParallel) and not is_last:
             return self.module.no_sync()
         return nullcontext()
+
+    # -- a divided optimizer ----------------------------------------------------------------
+
+    def update(self) -> None:
+        if self._shares is None:
+            super().update()
+            return
+        self._shares.take_gradients()
+        super().update()
+        self._shares.spread()
+
+    def drop_gradients(self) -> None:
+        super().drop_gradients()
+        if self._shares is not None:
+            self._shares.drop_gradients()
+            for _, parameter in self.named_parameters():
+                parameter.grad = None
+
+    def updated_part(self, parameter: nn.Parameter) -> tuple[nn.Parameter, tuple[int, ...]]:
+        if self._shares is None:
+            return super().updated_part(parameter)
+        return self._shares.of(parameter)
+
+    def writes(self, index: int) -> bool:
+        return self._shares is not None or super().writes(index)
 
 
 def _compress(module: DistributedDataParallel, options: DDPOptions) -> None:

@@ -103,6 +103,17 @@ def test_ddp_reduces_each_gradient_once_whatever_the_accumulation() -> None:
     assert (reduced.kind, reduced.payload_bytes) == ("all_reduce", 4 * count_parameters(made.model))
 
 
+def test_a_divided_optimizer_is_gathered_after_the_update() -> None:
+    made = config({"name": "ddp", "shard_optimizer": True}, world_size=4)
+    found, parameters = dry_run(made, 4), count_parameters(made.model)
+    reduced, gathered = sorted(found.collectives, key=lambda one: one.kind, reverse=True)
+    assert (reduced.kind, reduced.payload_bytes) == ("all_reduce", 4 * parameters)
+    assert gathered.kind == "all_gather"
+    assert 4 * parameters <= gathered.payload_bytes < 4.1 * parameters  # rows padded to fours
+    assert found.memory.optimizer_bytes == pytest.approx(2 * parameters, rel=2e-2)
+    assert found.memory.parameters_bytes == found.memory.gradients_bytes == 4 * parameters
+
+
 def test_accumulating_under_ddp_holds_gradients_beside_the_buckets() -> None:
     once, twice = (
         dry_run(config({"name": "ddp"}, world_size=2, accumulation=n), 2).memory for n in (1, 2)

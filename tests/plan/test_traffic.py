@@ -33,6 +33,7 @@ def config(world_size: int, micro_batches: int = 2, train: Any = None, **strateg
         (4, {"name": "fsdp", "cpu_offload": True}),
         (2, {"name": "ddp", "bucket_mb": 1}),
         (2, {"name": "ddp", "compression": "bf16"}),
+        (3, {"name": "ddp", "shard_optimizer": True, "bucket_mb": 1}),
     ],
     ids=str,
 )

@@ -1,0 +1,118 @@
+"""ZeRO's first stage for parameters that every rank holds: only the update is divided.
+
+Source: Rajbhandari et al. 2020, "ZeRO", section 5.1 (P_os). Parameters are divided by rows, not by
+a flat range over all of them, so that a rank's part of each is a rectangle, as in a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as tdist
+from torch import Tensor, nn
+
+from scalellm.dist import World
+
+# Its name since torch 2.13.
+_all_gather = getattr(tdist, "all_gather_single", None) or tdist.all_gather_into_tensor
+NamedParameters = Iterable[tuple[str, nn.Parameter]]
+
+
+class RowShares:
+    """This rank's rows of every parameter, as parameters of their own over the same memory.
+
+    Args:
+        bucket_bytes: about what is sent at once, of one rank's share.
+    """
+
+    def __init__(self, named: NamedParameters, world: World, bucket_bytes: int) -> None:
+        self._world, self._bucket_bytes = world, bucket_bytes
+        self._all = list(named)
+        self._shares = {
+            parameter: nn.Parameter(self._rows(parameter, world.rank), parameter.requires_grad)
+            for _, parameter in self._all
+        }
+
+    def named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What this rank's optimizer is to update; small parameters may have no row here."""
+        for name, parameter in self._all:
+            if self._shares[parameter].numel():
+                yield name, self._shares[parameter]
+
+    def of(self, parameter: nn.Parameter) -> tuple[nn.Parameter, tuple[int, ...]]:
+        """This rank's rows, and where they begin in the parameter."""
+        start, _ = self._range(parameter, self._world.rank)
+        return self._shares[parameter], (start,) + (0,) * (parameter.dim() - 1)
+
+    def take_gradients(self) -> None:
+        """Hands this rank's rows of the gradients to the shares, without a copy."""
+        for parameter, share in self._shares.items():
+            if parameter.grad is not None and share.numel():
+                share.grad = self._rows(parameter.grad, self._world.rank)
+
+    def drop_gradients(self) -> None:
+        for share in self._shares.values():
+            share.grad = None
+
+    @torch.no_grad()
+    def spread(self) -> None:
+        """Every rank sends the rows it has updated to all others."""
+        if self._world.world_size == 1:
+            return
+        for bucket in self._buckets():
+            self._gather(bucket)
+
+    def gathered_bytes(self) -> list[int]:
+        """Bytes of all ranks' shares together, of each collective that `spread` makes."""
+        return [
+            self._world.world_size
+            * sum(
+                self._padded_elements(parameter) * parameter.element_size() for parameter in bucket
+            )
+            for bucket in self._buckets()
+        ]
+
+    def _gather(self, bucket: list[nn.Parameter]) -> None:
+        rank, world_size = self._world.rank, self._world.world_size
+        sizes = [self._padded_elements(parameter) for parameter in bucket]
+        sent = bucket[0].new_empty(sum(sizes))
+        for parameter, part in zip(bucket, sent.split(sizes), strict=True):
+            mine = self._shares[parameter].detach().flatten()
+            part[: mine.numel()].copy_(mine)
+        received = sent.new_empty(world_size * sent.numel())
+        _all_gather(received, sent)
+        for other, whole in enumerate(received.view(world_size, -1)):
+            if other == rank:
+                continue
+            for parameter, part in zip(bucket, whole.split(sizes), strict=True):
+                rows = self._rows(parameter, other)
+                rows.copy_(part[: rows.numel()].view_as(rows))
+
+    def _buckets(self) -> Iterator[list[nn.Parameter]]:
+        bucket: list[nn.Parameter] = []
+        size_bytes = 0
+        for _, parameter in self._all:
+            if not parameter.requires_grad:
+                continue
+            bucket.append(parameter)
+            size_bytes += self._padded_elements(parameter) * parameter.element_size()
+            if size_bytes >= self._bucket_bytes:
+                yield bucket
+                bucket, size_bytes = [], 0
+        if bucket:
+            yield bucket
+
+    def _padded_elements(self, parameter: nn.Parameter) -> int:
+        rows, world_size = parameter.shape[0], self._world.world_size
+        return -(-rows // world_size) * (parameter.numel() // rows)
+
+    def _rows(self, tensor: Tensor, rank: int) -> Tensor:
+        start, end = self._range(tensor, rank)
+        return tensor.detach()[start:end]
+
+    def _range(self, tensor: Tensor, rank: int) -> tuple[int, int]:
+        """All ranks have as many rows, but for the last that have any."""
+        rows = tensor.shape[0]
+        each = -(-rows // self._world.world_size)
+        return min(rows, rank * each), min(rows, (rank + 1) * each)
