@@ -15,13 +15,16 @@ from typing import Any
 
 import yaml
 from helpers.hosts import Host, HostProcess
+from helpers.paced import PYTHONPATH, Pace
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 PORT = 6379
 TRAIN = [sys.executable, "launch/train.py"]
-WITHIN_S = 150.0
+# For any one thing; a machine with other work is five times slower than an idle one.
+WITHIN_S = 300.0
 ENVIRONMENT = {
+    "PYTHONPATH": PYTHONPATH,
     "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
@@ -37,6 +40,7 @@ class RayHosts:
 
     def __init__(self, hosts: list[Host], logs: Path, *, dashboard: bool = False) -> None:
         self._logs, self._dashboard = logs, dashboard
+        self._nodes: dict[Host, HostProcess] = {}
         self.hosts = hosts
         self.head = hosts[0]
         self.address = f"{self.head.address}:{PORT}"
@@ -44,20 +48,30 @@ class RayHosts:
             self.start_node(host)
 
     def start_node(self, host: Host, num_cpus: int = 1) -> None:
-        """Starts a node and waits until the cluster has it. A head may have 0 CPUs."""
+        """Starts a node and waits until the cluster has it. A head may have 0 CPUs.
+
+        A host has one node at a time: what is left of one that lost its head ends by itself, and
+        is waited for.
+        """
+        if host in self._nodes:
+            self._wait_for_end(host)
         port = ["--head", f"--port={PORT}", f"--include-dashboard={self._dashboard}"]
         where = port if host is self.head else [f"--address={self.address}"]
         command = [str(BIN / "ray"), "start", *where, f"--node-ip-address={host.address}"]
         limits = [f"--num-cpus={num_cpus}", "--object-store-memory=80000000", "--block"]
-        with (self._logs / f"ray-{host.name}.log").open("a") as log:
+        said = self._logs / f"ray-{host.name}-{uuid.uuid4().hex[:8]}.log"
+        with said.open("w") as log:
             node = host.start([*command, *limits], env=ENVIRONMENT, cwd=REPOSITORY, stdout=log)
-        said = self._logs / f"ray-{host.name}.log"
-        num_before = said.read_text().count("--block")
         wait_until(
-            lambda: said.read_text().count("--block") > num_before or node.poll() is not None,
-            f"no Ray node on {host.name}: {said.read_text()}",
+            lambda: "--block" in said.read_text() or node.poll() is not None,
+            lambda: f"no Ray node on {host.name}: {said.read_text()}",
         )
         assert node.poll() is None, said.read_text()
+        self._nodes[host] = node
+
+    def _wait_for_end(self, host: Host) -> None:
+        node = self._nodes.pop(host)
+        wait_until(lambda: node.poll() is not None, f"the Ray node on {host.name} does not end")
 
     def train(self, values: dict[str, Any], *words: str, on: Host | None = None) -> Driver:
         """Starts `python launch/train.py` on a host (the head unless said otherwise)."""
@@ -102,7 +116,10 @@ class Driver:
     def events(self, kind: str) -> list[dict[str, Any]]:
         return [row for row in _rows(self.run_dir / "cluster.jsonl") if row["kind"] == kind]
 
-    def wait_for_step(self, step: int) -> None:
+    def wait_for_step(self, step: int, pace: Pace) -> None:
+        """Lets the run go to a step at once, and waits until it is there."""
+        pace.until(step)
+
         def is_there() -> bool:
             assert self.process.poll() is None, self.said
             return any(row["step"] >= step for row in self.rows())
