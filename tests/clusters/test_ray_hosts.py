@@ -165,9 +165,7 @@ def test_a_node_dies(
     assert same_bits(uninterrupted(values, tmp_path, ranks), run.run_dir)
 
 
-def test_elastic(
-    hosts: Callable[[int], Hosts], values: Values, pace: Pace, tmp_path: Path
-) -> None:
+def test_elastic(hosts: Callable[[int], Hosts], values: Values, pace: Pace, tmp_path: Path) -> None:
     """A node dies and the run shrinks, it comes back and the run grows: the same losses."""
     made = hosts(2)
     cluster = RayHosts(made, tmp_path)

@@ -1,9 +1,9 @@
 """`ddp` at a test's pace, so that what the test kills or signals is under way, however fast it is.
 
-Steps up to a number in a file are as fast as they can be; each one after it waits `PACE_S`, or until
-the file names a larger number. A run with so many steps left that this takes longer than the test
-would wait for anything cannot end before the test lets it go on. Training stays as it is: the same
-updates, in the same order, and a signal is obeyed after the step that waits.
+Steps up to a number in a file are as fast as they can be; each one after it waits `PACE_S`, or
+until the file names a larger number. A run with so many steps left that this takes longer than the
+test would wait for anything cannot end before the test lets it go on. Training stays as it is: the
+same updates, in the same order, and a signal is obeyed after the step that waits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Gradient compression: near the loss without it, not the same, and refused where it is absurd."""
+"""Gradient compression, near the loss without it and no more; what compiles under DDP."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from helpers.transformed import transformed_curve
 
 from scalellm import strategies
 from scalellm.config import ModelConfig, StrategyConfig, TrainConfig
 from scalellm.dist import World, detect
 from scalellm.errors import ConfigError
-from scalellm.parity import Curve, Task, run_curve
+from scalellm.parity import Curve, Task, run_curve, worst_difference
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=48, num_heads=4, num_kv_heads=2, vocab_size=61, seq_len=24
@@ -53,3 +54,29 @@ def test_in_fp64_it_is_refused() -> None:
     train = TrainConfig.model_validate({"precision": "fp64"})
     with pytest.raises(ConfigError, match=r"strategy\.compression=none or another precision"):
         strategies.parse_options(config, strategies.resolve("ddp"), World(), train)
+
+
+@pytest.mark.parametrize("options", [{}, {"shard_optimizer": True}], ids=str)
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"compile": True},
+        {"compile": True, "compile_scope": "model"},
+        {"compile": True, "compile_scope": "model", "activation_checkpointing": "full"},
+    ],
+    ids=str,
+)
+def test_transforms_change_nothing(
+    ranks: Callable[..., list[Curve]], train: dict[str, Any], options: dict[str, Any]
+) -> None:
+    wanted = run_curve(Task(MODEL, 3, "fp64"), "single", {}, World())
+    for curve in ranks(transformed_curve, 2, MODEL, "ddp", options, train):
+        assert worst_difference(curve, wanted) < 1e-11
+
+
+@pytest.mark.parametrize("strategy", [{"name": "fsdp"}, {"name": "deepspeed", "stage": 3}], ids=str)
+def test_one_graph_wants_whole_weights(strategy: dict[str, Any]) -> None:
+    config = StrategyConfig.model_validate(strategy)
+    train = TrainConfig.model_validate({"compile": True, "compile_scope": "model"})
+    with pytest.raises(ConfigError, match=r"train\.compile_scope=parts, or strategy\.name=ddp"):
+        strategies.parse_options(config, strategies.resolve(strategy["name"]), World(), train)

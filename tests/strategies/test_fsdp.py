@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.transformed import transformed_curve
 from torch import nn
 
 from scalellm import strategies
@@ -65,25 +66,21 @@ def test_each_rank_holds_its_part_of_sixteen_bytes_a_parameter(
         assert storage_bytes == pytest.approx(theory_bytes / 4, rel=0.1)
 
 
-def transformed_curve(name: str, transform: str) -> Curve:
-    original = nn.Module.compile
-    keys = {"compile": True} if transform == "compile" else {"activation_checkpointing": transform}
-
-    class Transformed(Task):
-        def train_config(self) -> TrainConfig:
-            return super().train_config().model_copy(update=keys)
-
-    with pytest.MonkeyPatch.context() as patch:
-        # Inductor takes a minute to warm up; what is tested is the order of the wrappers.
-        patch.setattr(nn.Module, "compile", lambda self: original(self, backend="aot_eager"))
-        task = Transformed(MODEL, 3, "fp64", micro_batch=2)
-        return run_curve(task, name, {}, detect())
-
-
-@pytest.mark.parametrize("transform", ["full", "selective", "alternate", "compile"])
-def test_transforms_change_nothing(ranks: Callable[..., list[Curve]], transform: str) -> None:
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"activation_checkpointing": "full"},
+        {"activation_checkpointing": "selective"},
+        {"activation_checkpointing": "alternate"},
+        {"compile": True},
+    ],
+    ids=str,
+)
+def test_transforms_change_nothing(
+    ranks: Callable[..., list[Curve]], train: dict[str, Any]
+) -> None:
     wanted = run_curve(Task(MODEL, 3, "fp64"), "single", {}, World())
-    for curve in ranks(transformed_curve, 2, "fsdp", transform):
+    for curve in ranks(transformed_curve, 2, MODEL, "fsdp", {}, train):
         assert worst_difference(curve, wanted) < 1e-11
 
 

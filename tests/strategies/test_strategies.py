@@ -104,9 +104,10 @@ def test_activation_checkpointing_keeps_fewer_activations() -> None:
 
 
 @pytest.mark.slow
-def test_compile_gives_the_same_loss_and_gradients() -> None:
+@pytest.mark.parametrize("scope", ["parts", "model"])
+def test_compile_gives_the_same_loss_and_gradients(scope: str) -> None:
     loss, gradients = one_step(built())
-    found_loss, found = one_step(built(compile=True))
+    found_loss, found = one_step(built(compile=True, compile_scope=scope))
     assert found_loss == pytest.approx(loss, rel=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
