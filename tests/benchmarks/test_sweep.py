@@ -199,7 +199,7 @@ def test_a_sweep_goes_on_after_a_signal_and_after_a_kill(tmp_path: Path) -> None
         wait_for(lambda b=before: len(journal(tmp_path)) > max(b, 1))  # something was done
         wait_for(lambda: processes_with(f"run.dir={tmp_path}"))  # and a cell is running
         process.send_signal(number)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=180)
         assert process.returncode == (1 if number == signal.SIGTERM else -signal.SIGKILL)
         if number == signal.SIGTERM:
             assert error.splitlines()[-1].startswith("scalellm: stopped; what is done is kept")

@@ -36,8 +36,8 @@ def submit(cluster: RayHosts, name: str, *words: str) -> tuple[int, str, list[An
     ray = [str(BIN / "ray"), "job", "submit", "--submission-id", name, "--working-dir", "."]
     train = ["python", "launch/train.py", "--config", "configs/ray-ddp.yaml", *words]
     options = {"env": {**ENVIRONMENT, **DASHBOARD}, "cwd": REPOSITORY}
-    done = cluster.head.run([*ray, "--", *train], timeout=120, **options)
-    status = cluster.head.run([str(BIN / "python"), "-c", _STATUS, name], timeout=60, **options)
+    done = cluster.head.run([*ray, "--", *train], timeout=300, **options)
+    status = cluster.head.run([str(BIN / "python"), "-c", _STATUS, name], timeout=120, **options)
     return done.returncode, done.stdout, json.loads(status.stdout.splitlines()[-1])
 
 
