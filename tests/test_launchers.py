@@ -485,7 +485,7 @@ def test_slurm_script_waits_for_ranks_that_save(
 def test_slurm_script_saves_and_goes_on(
     slurm: dict[str, str], reference: list[float], tiny_values: Values, tmp_path: Path
 ) -> None:
-    steps = 300
+    steps = 1000
     tiny_values["train"]["steps"] = steps
     slurm["CONFIG"] = write_config(tmp_path, tiny_values)
     command = ["bash", "launch/slurm.sh", "strategy.name=ddp"]
@@ -507,7 +507,7 @@ def test_slurm_script_saves_and_goes_on(
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     trained = [row["step"] for row in rows if row["kind"] == "train"]
     assert trained == list(range(1, steps + 1))
-    # The schedules of 6 and of 300 steps warm up alike, so the first losses are the same.
+    # The schedules of 6 and of 1,000 steps warm up alike, so the first losses are the same.
     assert [row["loss"] for row in rows[:3]] == pytest.approx(reference[:3], rel=1e-5)
     assert (tmp_path / "slurm/requeued").read_text() == "requeue 4242\n"
 
