@@ -12,8 +12,8 @@ from pathlib import Path
 from scalellm.errors import ConfigError
 
 _SYSTEM = Path("/sys/devices/system")
-# A tenth of the share of a thread that has not stepped back, where they compete.
-_BACKGROUND_NICENESS = 10
+# Shares of a core of threads that have stepped back from one that has not: a tenth, a seventieth.
+BEHIND, FAR_BEHIND = 10, 19
 
 
 def available_cores() -> int:
@@ -75,7 +75,7 @@ def _read_int(path: Path) -> int:
         return 0
 
 
-def step_back() -> None:
+def step_back(niceness: int = BEHIND) -> None:
     """Lets the calling thread, and those it starts, take mostly what cores the others leave idle.
 
     For what goes on beside the training: OpenMP's threads wait for the slowest of them, so one that
@@ -83,4 +83,4 @@ def step_back() -> None:
     """
     if sys.platform == "linux":
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from scalellm import dist
-from scalellm.cores import bound_to_share, by_place, share_of, step_back
+from scalellm.cores import BEHIND, bound_to_share, by_place, share_of, step_back
 from scalellm.dist import detect, ranks
 from scalellm.errors import ConfigError
 
@@ -91,5 +91,5 @@ def test_who_steps_back_leaves_the_others_where_they_were() -> None:
         return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
     before = niceness()
-    assert niceness_beside() == max(before, 10)
+    assert niceness_beside() == max(before, BEHIND)
     assert niceness() == before

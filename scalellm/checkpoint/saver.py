@@ -10,7 +10,7 @@ from typing import Any
 
 from scalellm.checkpoint.buffers import Buffers, Copying
 from scalellm.checkpoint.write import save
-from scalellm.cores import step_back
+from scalellm.cores import FAR_BEHIND, step_back
 from scalellm.dist import World, side_group
 from scalellm.errors import CheckpointError
 from scalellm.strategies import Piece
@@ -109,7 +109,7 @@ class Saver:
         self._buffers.free()
 
     def _run(self, step: int, copying: Copying, meta: dict[str, Any]) -> None:
-        step_back()
+        step_back(FAR_BEHIND)  # nobody waits for it; training does wait for the copy
         try:
             self._write(step, self._unless_abandoned(copying.result()), meta)
         except BaseException as error:

@@ -46,7 +46,11 @@ def test_kernels_follow_the_definition(kernel: str, heads: tuple[int, int], T: i
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_kernels_agree_with_gradients(masked: bool) -> None:
+@pytest.mark.parametrize("at_once", [5, 17])
+def test_kernels_agree_with_gradients(
+    masked: bool, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_QUERIES_AT_ONCE", at_once)
     documents_BT = torch.tensor([[0] * 5 + [1] * 12, [0] * 16 + [3]])
     mask = document_mask(documents_BT) if masked else None
     results = []
