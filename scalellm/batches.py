@@ -54,14 +54,15 @@ def global_targets(batch: data.Batch, device: torch.device) -> int:
 def to_device(batch: data.Batch, rows: slice, device: torch.device) -> Batch:
     """Widens stored ids to int64 on the device (a quarter of the bytes cross to a GPU)."""
     tokens_BS = torch.from_numpy(batch.tokens_BS[rows]).to(device).long()
-    targets_BT = tokens_BS[:, 1:]
+    # Laid out alike whether padded or not: other strides would compile everything once more.
+    targets_BT = tokens_BS[:, 1:].contiguous()
     real_targets_B = torch.from_numpy(batch.num_targets_B[rows])
     seq_len = targets_BT.shape[1]
     if bool((real_targets_B < seq_len).any()):
         is_padding_BT = torch.arange(seq_len) >= real_targets_B[:, None]
         targets_BT = targets_BT.masked_fill(is_padding_BT.to(device), IGNORED_TARGET)
     return Batch(
-        tokens_BT=tokens_BS[:, :-1],
+        tokens_BT=tokens_BS[:, :-1].contiguous(),
         targets_BT=targets_BT,
         positions_BT=_optional(batch.positions_BT, rows, device),
         documents_BT=_optional(batch.documents_BT, rows, device),

@@ -34,4 +34,4 @@ def test_every_save_in_every_load(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_wrong_word(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["bench", "parity", "--only", "dpd"])
-    assert "dpd is none of single, ddp, fsdp" in capsys.readouterr().err
+    assert "dpd is none of single, ddp, ddp-zero1, fsdp" in capsys.readouterr().err

@@ -75,7 +75,8 @@ def test_the_last_row_sums_up_the_start(tiny_values: Values) -> None:
     assert end["first_step_s"] == steps[0]["step_time_s"]
     assert 0 < end["startup_s"] < end["wall_s"]
     spent_s = sum(row["step_time_s"] for row in steps) + end["save_stall_s"] + end["eval_s"]
-    assert 0 < end["save_stall_s"] < spent_s < end["wall_s"] - end["startup_s"]
+    tick_s = 1 / os.sysconf("SC_CLK_TCK")  # of the system's record of when a process began
+    assert 0 < end["save_stall_s"] < spent_s < end["wall_s"] - end["startup_s"] + 2 * tick_s
     assert end["goodput_tokens_per_s"] == pytest.approx(steps[-1]["tokens"] / end["wall_s"])
     [baseline], [peak] = end["baseline_rss_bytes"], end["peak_rss_bytes"]
     assert 2**26 < baseline <= peak
