@@ -2,16 +2,20 @@
 
 Ranks are forked (0.1 s, where a spawned one imports torch for seconds) and meet over a file, so no
 port is taken. Fork is safe because conftest keeps torch at one thread. A rank that raises fails the
-test with its traceback; a rank that hangs is killed after `TIMEOUT_S`.
+test with its traceback; a rank that hangs is killed after `TIMEOUT_S`, and the test says where it
+was.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
+import time
 import traceback
 import uuid
 from collections.abc import Callable
@@ -34,8 +38,9 @@ def run_ranks(
     processes, pipes = [], []
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
+        stack = store.with_suffix(f".{rank}.stack")
         process = context.Process(
-            target=_rank_main, args=(theirs, rank, world_size, store, function, arguments)
+            target=_rank_main, args=(theirs, rank, world_size, store, stack, function, arguments)
         )
         process.start()
         theirs.close()
@@ -43,6 +48,9 @@ def run_ranks(
         pipes.append(ours)
     try:
         return _results(pipes)
+    except TimeoutError as error:
+        stacks = [_stack(process, store, rank) for rank, process in enumerate(processes)]
+        raise AssertionError("\n\n".join([str(error), *stacks])) from None
     finally:
         for process in processes:
             process.kill()
@@ -55,7 +63,7 @@ def _results(pipes: list[Connection]) -> list[Any]:
     while waiting:
         ready = multiprocessing.connection.wait(list(waiting.values()), timeout=TIMEOUT_S)
         if not ready:
-            raise AssertionError(f"ranks {sorted(waiting)} gave no answer in {TIMEOUT_S} s")
+            raise TimeoutError(f"ranks {sorted(waiting)} gave no answer in {TIMEOUT_S} s")
         for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
             try:
                 failed, value = pickle.loads(waiting.pop(rank).recv_bytes())
@@ -67,15 +75,29 @@ def _results(pipes: list[Connection]) -> list[Any]:
     return results
 
 
+def _stack(process: multiprocessing.process.BaseProcess, store: Path, rank: int) -> str:
+    """Where a rank's threads are; it must not have ended."""
+    stack = store.with_suffix(f".{rank}.stack")
+    if not process.is_alive() or not stack.exists():
+        return f"rank {rank} has ended or not begun"
+    os.kill(process.pid or 0, signal.SIGUSR1)
+    time.sleep(1)
+    lines = stack.read_text().splitlines()
+    ours = [line for line in lines if "/_pytest/" not in line and "/pluggy/" not in line]
+    return "\n".join([f"rank {rank} is at", *ours])
+
+
 def _rank_main(
     pipe: Connection,
     rank: int,
     world_size: int,
     store: Path,
+    stack: Path,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
     gc.freeze()  # and nothing of the parent's in the child: freeing a process group waits for them
+    faulthandler.register(signal.SIGUSR1, stack.open("w"))
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
