@@ -69,16 +69,31 @@ _COMPILED_SPARES = 0.3
 
 
 def spared_by_compiling(config: Config, micro_batch: int, device_type: str = "cuda") -> int:
-    """Returns the bytes that blocks keep for the backward uncompiled, and compiled do not.
-
-    Checkpointing's policies keep the result of a block's last product, which no derivative needs;
-    a compiled block sees that and does not.
+    """Returns the bytes that the model keeps for the backward uncompiled, and compiled does not.
 
     Args:
         micro_batch: in samples.
     """
+    if not config.train.compile:
+        return 0
+    blocks_bytes = _spared_in_blocks(config, micro_batch, device_type)
+    return blocks_bytes + _spared_in_output(config, micro_batch)
+
+
+def _spared_in_output(config: Config, micro_batch: int) -> int:
+    """Compiled, the loss keeps the logits in half precision; eagerly, their softmax's fp32."""
+    model = config.model
+    if config.train.precision in ("fp64", "fp32") or model.loss_chunk_tokens:
+        return 0
+    return micro_batch * model.seq_len * (model.vocab_size or 0) * 2
+
+
+def _spared_in_blocks(config: Config, micro_batch: int, device_type: str) -> int:
+    """Checkpointing's policies keep the result of a block's last product, which no derivative
+    needs; a compiled block sees that and does not.
+    """
     mode, model = config.train.activation_checkpointing, config.model
-    if not config.train.compile or mode == "full":
+    if mode == "full":
         return 0
     if mode == "none":
         few, more = (
