@@ -11,8 +11,9 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -22,6 +23,7 @@ from scalellm.ray_local import LOCAL, environment, handlers_kept, local_ray
 _AUTO = "auto"
 _CONNECT_WITHIN_S = 5.0
 _JOIN_WITHIN_S = 20.0
+_AGAIN_AFTER_S = 5.0
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # What raylets say of workers that died, which Ray prints although asked not to.
@@ -82,6 +84,33 @@ def ray_session(address: str | None, *, num_cpus: int | None = None) -> Iterator
         join = local_ray(num_cpus) if found is None else _join(found, address)
         with join:
             yield _session(is_local=found is None)
+
+
+@contextmanager
+def ray_session_again(
+    address: str, within_s: float, is_stopped: Callable[[], bool]
+) -> Iterator[Session]:
+    """Joins a cluster that was lost: its head answers before it lets anybody in.
+
+    This machine's own node may be missing longer still, and without it nobody here can join.
+
+    Raises:
+        UserError: it could not be joined for so long, or `is_stopped`; with the last reason.
+    """
+    deadline_s, said = time.monotonic() + within_s, ""
+    with ExitStack() as stack:
+        while True:
+            try:
+                session = stack.enter_context(ray_session(address))
+                break
+            except UserError as error:
+                if is_stopped() or time.monotonic() > deadline_s:
+                    raise
+                if str(error) != said:
+                    said = str(error)
+                    print(f"scalellm: trying again: {said}", file=sys.stderr, flush=True)
+            time.sleep(_AGAIN_AFTER_S)
+        yield session
 
 
 def _session(*, is_local: bool) -> Session:

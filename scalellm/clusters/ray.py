@@ -35,7 +35,7 @@ from scalellm.errors import (
     ConfigError,
     UserError,
 )
-from scalellm.ray_session import Session, ray_session
+from scalellm.ray_session import Session, ray_session, ray_session_again
 from scalellm.train import check_config
 from scalellm.train.folder import check_holds_no_run, dump_config
 
@@ -79,12 +79,16 @@ def _train_on_ray(config: Config, resume: str | None) -> int:
         # After a loss Ray asks for as many as before first; with less room that is in vain.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     num_cpus = max(available_cores(), round(cluster.ranks.max * cluster.cpus_per_worker + 0.5))
-    address = os.environ.get(ADDRESS) or cluster.address
+    lost = os.environ.get(ADDRESS)  # of the driver before this one
     _check_before_start(config, resume)
     with (
         _nothing_left(config.run.dir) as remove,
         _stop_asked() as stop,
-        ray_session(address, num_cpus=num_cpus) as session,
+        (
+            ray_session_again(lost, cluster.wait_for_nodes_s, lambda: bool(stop))
+            if lost
+            else ray_session(cluster.address, num_cpus=num_cpus)
+        ) as session,
     ):
         if not session.is_local:
             tell("address", session.address)
