@@ -150,10 +150,21 @@ def ranks(
     """
     world = detect()
     world = replace(world, device=_pick_device(device, world.local_rank))
-    torch.set_num_threads(threads or threads_per_rank(world))
     share = bound_to_share(world.local_rank, world.local_world_size)
-    with share if bind_cores and not has_own_cores(world) else nullcontext(), fast_fp32():
+    bound = share if bind_cores and not has_own_cores(world) else nullcontext()
+    with _threads(threads or threads_per_rank(world)), bound, fast_fp32():
         yield from _in_group(world, process_group)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Lets torch compute in so many threads meanwhile; a program that calls us keeps its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _in_group(world: World, process_group: bool) -> Iterator[World]:

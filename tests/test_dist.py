@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as tdist
 
 from scalellm import dist, launched
@@ -110,6 +111,29 @@ def test_threads_are_those_that_ray_reserved(
     monkeypatch.setenv("OMP_NUM_THREADS", reserved)
     world = World(world_size=2, local_world_size=2, launcher=launcher)
     assert threads_per_rank(world) == threads
+
+
+def test_a_caller_keeps_its_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    with dist.ranks("cpu", threads=before + 1, process_group=False):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
+def _compute_in_parallel() -> float:
+    return float(torch.ones(1 << 20).cos().mean())
+
+
+def test_a_rank_computes_after_its_parent_asked_for_more_threads(
+    ranks: Callable[..., list[Any]],
+) -> None:
+    """OpenMP's threads are not there after a fork: a rank that waits for them hangs."""
+    torch.set_num_threads(2)
+    try:
+        here = _compute_in_parallel()
+        assert ranks(_compute_in_parallel, 2) == pytest.approx([here] * 2)
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_a_watched_rank_tells_what_happens(monkeypatch: pytest.MonkeyPatch) -> None:

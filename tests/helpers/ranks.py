@@ -1,9 +1,9 @@
 """The one helper for tests over several processes.
 
 Ranks are forked (0.1 s, where a spawned one imports torch for seconds) and meet over a file, so no
-port is taken. Fork is safe because conftest keeps torch at one thread. A rank that raises fails the
-test with its traceback; a rank that hangs is killed after `TIMEOUT_S`, and the test says where it
-was.
+port is taken. OpenMP's threads do not survive a fork, and a child that counts on them hangs:
+conftest keeps the parent at one, and each rank computes in one. A rank that raises fails the test
+with its traceback; a rank that hangs is killed after `TIMEOUT_S`, and the test says where it was.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as tdist
 
 TIMEOUT_S = 120
@@ -98,6 +99,7 @@ def _rank_main(
 ) -> None:
     gc.freeze()  # and nothing of the parent's in the child: freeing a process group waits for them
     faulthandler.register(signal.SIGUSR1, stack.open("w"))
+    torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
