@@ -178,8 +178,9 @@ def test_owner(hosts):
         host.start(["sleep", "1000"])
         host.run(["sh", "-c", "setsid env -i sleep 1000 >/dev/null 2>&1 &"])
     if pid := os.fork():
-        with open(f"token-{pid}", "w") as file:
+        with open("token", "w") as file:
             file.write(made.token)
+        os.rename("token", f"token-{pid}")  # whoever finds it finds it whole
     else:
         time.sleep(1000)  # an heir of all open files, which outlives the owner
     ENDING
