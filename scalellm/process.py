@@ -25,9 +25,11 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-# glibc's mallopt(3).
+# glibc's mallopt(3), and the words of its environment variables and of GLIBC_TUNABLES.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 1 << 30
+# glibc refused a higher threshold for mapping once (HEAP_MAX_SIZE / 2; RHEL 9 has such a one).
+_OLD_LIMIT_BYTES = 32 << 20
 
 
 def keep_freed_memory() -> None:
@@ -39,9 +41,19 @@ def keep_freed_memory() -> None:
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in every C library
-    for parameter, name in (
-        (_M_TRIM_THRESHOLD, "MALLOC_TRIM_THRESHOLD_"),
-        (_M_MMAP_THRESHOLD, "MALLOC_MMAP_THRESHOLD_"),
+    if mallopt is None:
+        return
+    # This one first: any setting stops glibc from raising it by itself, and at 128 KiB, where it
+    # would stay if it were refused, every larger block is mapped anew.
+    if not _is_chosen("mmap_threshold") and not (
+        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES) or mallopt(_M_MMAP_THRESHOLD, _OLD_LIMIT_BYTES)
     ):
-        if mallopt is not None and name not in os.environ:  # the user has not chosen
-            mallopt(parameter, _KEPT_BYTES)
+        return
+    if not _is_chosen("trim_threshold"):
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def _is_chosen(name: str) -> bool:
+    """Whether the user has set it."""
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    return f"MALLOC_{name.upper()}_" in os.environ or f"glibc.malloc.{name}=" in tunables

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from scalellm.process import ENVIRONMENT, set_environment
+from scalellm import process
+from scalellm.process import ENVIRONMENT, keep_freed_memory, set_environment
 
 _FREED = """
 import resource
@@ -48,3 +49,39 @@ def test_freed_memory_is_used_again_unless_the_user_says_otherwise() -> None:
     # 32 MiB: above it glibc maps, and gives back at once.
     limits = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(32 << 20)}
     assert faults(**limits) > 10_000
+
+
+_TRIM, _MAP = -1, -3  # mallopt(3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+@pytest.mark.parametrize(
+    ("limit", "environment", "kept"),
+    [
+        (1 << 40, {}, {_MAP: 1 << 30, _TRIM: 1 << 30}),
+        (32 << 20, {}, {_MAP: 32 << 20, _TRIM: 1 << 30}),  # an older glibc
+        (0, {}, {}),  # alone, the second one would have every block of 128 KiB mapped anew
+        (1 << 40, {"MALLOC_TRIM_THRESHOLD_": "9"}, {_MAP: 1 << 30}),
+        (1 << 40, {"MALLOC_MMAP_THRESHOLD_": "9"}, {_TRIM: 1 << 30}),
+        (1 << 40, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=9"}, {_TRIM: 1 << 30}),
+    ],
+)
+def test_what_this_c_library_takes(
+    monkeypatch: pytest.MonkeyPatch, limit: int, environment: dict[str, str], kept: dict[int, int]
+) -> None:
+    found: dict[int, int] = {}
+
+    class Library:
+        def mallopt(self, parameter: int, value: int) -> int:
+            if parameter == _MAP and value > limit:
+                return 0
+            found[parameter] = value
+            return 1
+
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(process.ctypes, "CDLL", lambda name: Library())
+    keep_freed_memory()
+    assert found == kept
