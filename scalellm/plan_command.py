@@ -62,7 +62,7 @@ def plan(argv: Sequence[str]) -> int:
     if not 1 <= options.gpus <= 1 << 16:
         raise UserError(f"--gpus={options.gpus} devices is not between 1 and {1 << 16}")
     if options.price is not None and not 0 <= options.price < 1e6:
-        raise UserError(f"--price={options.price:g} an hour must be a number of 0 or more")
+        raise UserError(f"--price={options.price:g} an hour is not between 0 and a million")
     check_output_file("--json", options.json)
     check_output_file("--chart", options.chart)
     if options.chart is not None and options.chart.suffix != ".png":

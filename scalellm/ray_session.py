@@ -24,6 +24,8 @@ _AUTO = "auto"
 _CONNECT_WITHIN_S = 5.0
 _JOIN_WITHIN_S = 20.0
 _AGAIN_AFTER_S = 5.0
+_GONE = "the lost Ray cluster could not be joined again"
+_LATER = "go on from the last checkpoint with --resume auto"
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # What raylets say of workers that died, which Ray prints although asked not to.
@@ -95,7 +97,8 @@ def ray_session_again(
     This machine's own node may be missing longer still, and without it nobody here can join.
 
     Raises:
-        UserError: it could not be joined for so long, or `is_stopped`; with the last reason.
+        UserError: it could not be joined for so long, or `is_stopped`; with the last reason, and
+            how to go on.
     """
     deadline_s, said = time.monotonic() + within_s, ""
     with ExitStack() as stack:
@@ -104,8 +107,12 @@ def ray_session_again(
                 session = stack.enter_context(ray_session(address))
                 break
             except UserError as error:
-                if is_stopped() or time.monotonic() > deadline_s:
-                    raise
+                if is_stopped():
+                    raise UserError(f"asked to stop while {_GONE}: {error}; {_LATER}") from None
+                if time.monotonic() > deadline_s:
+                    raise UserError(
+                        f"{error}; {_GONE} for {within_s:g} s (cluster.wait_for_nodes_s): {_LATER}"
+                    ) from None
                 if str(error) != said:
                     said = str(error)
                     print(f"scalellm: trying again: {said}", file=sys.stderr, flush=True)

@@ -42,13 +42,16 @@ def test_a_cluster_that_refuses_at_first(
 def test_it_gives_up_with_the_last_reason(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("ray")  # not in the time measured
     sentence = "no Ray cluster answers at 127.0.0.1:1 within 5 s"
-    with pytest.raises(UserError, match=sentence), ray_session_again("127.0.0.1:1", 0.3, bool):
-        pass
+    with pytest.raises(UserError, match=sentence) as given_up:  # noqa: SIM117
+        with ray_session_again("127.0.0.1:1", 0.3, bool):
+            pass
+    assert "for 0.3 s (cluster.wait_for_nodes_s): go on" in str(given_up.value)
     assert sentence in capsys.readouterr().err
 
 
 def test_who_asks_it_to_stop_does_not_wait(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError), ray_session_again("127.0.0.1:1", 600, lambda: True):
+    asked = r"asked to stop while .* no Ray cluster .* --resume auto"
+    with pytest.raises(UserError, match=asked), ray_session_again("127.0.0.1:1", 9, lambda: True):
         pass
     assert not capsys.readouterr().err
 
