@@ -35,8 +35,8 @@ def _sentence(detail: dict[str, Any], model: type[BaseModel], prefix: str) -> st
         siblings = _fields_at(model, location[:-1])
         near = did_you_mean(location[-1], siblings)
         section = f"{prefix}{'.'.join(location[:-1])}".rstrip(".") or "the top level"
-        listed = "" if near else f"; {section} takes {', '.join(siblings)}"
-        return f"unknown key {key}{near}{listed}"
+        takes = f"{section} takes {', '.join(siblings)}" if siblings else "it takes no options"
+        return f"unknown key {key}" + (near or f"; {takes}")
     unit = _unit_at(model, location)
     shown = f"{key}={value!r}" + (f" {unit}" if unit and isinstance(value, int | float) else "")
     if kind in _LIMITS:

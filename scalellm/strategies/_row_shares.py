@@ -13,6 +13,7 @@ import torch.distributed as tdist
 from torch import Tensor, nn
 
 from scalellm.dist import World
+from scalellm.errors import ConfigError
 
 # Its name since torch 2.13.
 _all_gather = getattr(tdist, "all_gather_single", None) or tdist.all_gather_into_tensor
@@ -39,6 +40,22 @@ class RowShares:
         for name, parameter in self._all:
             if self._shares[parameter].numel():
                 yield name, self._shares[parameter]
+
+    def check(self) -> None:
+        """All ranks say the same: one that left alone would keep the others waiting.
+
+        Raises:
+            ConfigError: there are more ranks than rows, so that the last has nothing to update.
+        """
+        world_size = self._world.world_size
+        shapes = [p.shape for _, p in self._all if p.requires_grad]
+        if not any(self._begin(shape[0], world_size - 1) < shape[0] for shape in shapes):
+            rows = max(shape[0] for shape in shapes)
+            raise ConfigError(
+                f"strategy.shard_optimizer=true divides rows, but the {rows:,} rows of the largest "
+                f"parameter leave none to the last of {world_size:,} ranks; set it to false, or "
+                "start fewer ranks"
+            )
 
     def of(self, parameter: nn.Parameter) -> tuple[nn.Parameter, tuple[int, ...]]:
         """This rank's rows, and where they begin in the parameter."""
@@ -114,5 +131,7 @@ class RowShares:
     def _range(self, tensor: Tensor, rank: int) -> tuple[int, int]:
         """All ranks have as many rows, but for the last that have any."""
         rows = tensor.shape[0]
-        each = -(-rows // self._world.world_size)
-        return min(rows, rank * each), min(rows, (rank + 1) * each)
+        return self._begin(rows, rank), self._begin(rows, rank + 1)
+
+    def _begin(self, rows: int, rank: int) -> int:
+        return min(rows, rank * -(-rows // self._world.world_size))

@@ -87,6 +87,7 @@ class DDP(Strategy):
 
         def make_for_shares(named: NamedParameters) -> torch.optim.Optimizer:
             self._shares = RowShares(named, self.world, options.bucket_mb << 20)
+            self._shares.check()
             return make_optimizer(self._shares.named())
 
         super().setup(model, make_for_shares if options.shard_optimizer else make_optimizer)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import nn
 
 from scalellm.config import ModelConfig
 from scalellm.dist import World, detect
+from scalellm.errors import ConfigError
 from scalellm.model import count_parameters
 from scalellm.parity import Task, build, train_steps
 from scalellm.strategies._row_shares import RowShares
@@ -37,6 +39,14 @@ def test_every_row_belongs_to_one_rank() -> None:
     assert named["few"][:, 0].tolist() == [1, 2]
     assert named["vector"].tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert named["one"].tolist() == [1]
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_more_ranks_than_rows_are_refused_on_all_of_them(rank: int) -> None:
+    named = parameters(0.0)
+    RowShares(named.items(), World(rank=0, world_size=9), bucket_bytes=1).check()
+    with pytest.raises(ConfigError, match=r"the 9 rows .* last of 10 ranks; set it to false"):
+        RowShares(named.items(), World(rank=rank, world_size=10), bucket_bytes=1).check()
 
 
 def spread_in_buckets() -> list[dict[str, list[float]]]:

@@ -67,6 +67,14 @@ def test_options_are_checked_by_the_strategys_own_file() -> None:
         strategies.parse_options(config, strategies.resolve("ddp"), World(), TrainConfig())
 
 
+def test_a_strategy_without_options_says_so() -> None:
+    config = StrategyConfig.model_validate({"name": "single", "shard_optimizer": True})
+    with pytest.raises(
+        ConfigError, match=r"unknown key strategy\.shard_optimizer; it takes no opt"
+    ):
+        strategies.parse_options(config, Single, World(), TrainConfig())
+
+
 def test_single_refuses_company() -> None:
     with pytest.raises(ConfigError, match=r"use strategy\.name=ddp or start one process"):
         Single.check(Options(), World(world_size=2, launcher="torchrun"), TrainConfig())
