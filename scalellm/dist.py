@@ -215,6 +215,10 @@ def _init_process_group(world: World) -> None:
             if interface is not None:
                 os.environ["GLOO_SOCKET_IFNAME"] = interface
         tdist.init_process_group(backend, timeout=TIMEOUT)
+        if backend == "gloo":
+            # A rank that leaves at once, for a mistake that all of them meet, would cut off one
+            # that is still connecting: that one would show a traceback beside the sentence.
+            tdist.barrier()
 
 
 def interface_towards(host: str) -> str | None:

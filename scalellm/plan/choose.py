@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from scalellm import strategies
 from scalellm.config import BatchPlan, Config, parse_config
 from scalellm.errors import ConfigError
 from scalellm.model import count_parameters
@@ -73,8 +74,11 @@ class Chooser:
         """Returns the comparison.
 
         Raises:
-            ConfigError: the device lacks the precision, or the global batch cannot be divided.
+            ConfigError: the device lacks the precision, the global batch cannot be divided, or an
+                option of the config's strategy is no option.
         """
+        strategy = self.config.strategy
+        strategies.read_options(strategy, strategies.resolve(strategy.name))
         self.device.matrix_rate(self.config.train.precision)
         count_parameters(self.config.model)  # refuses a vocabulary that is not known
         sizes = self._micro_batch_sizes(world_size)

@@ -31,6 +31,7 @@ __all__ = [
     "check_names",
     "names",
     "parse_options",
+    "read_options",
     "resolve",
 ]
 
@@ -87,10 +88,15 @@ def parse_options(
     config: StrategyConfig, strategy: type[Strategy], world: World, train: TrainConfig
 ) -> Options:
     """Validates the options beside `strategy.name`, the world and the training they meet."""
+    options = read_options(config, strategy)
+    strategy.check(options, world, train)
+    return options
+
+
+def read_options(config: StrategyConfig, strategy: type[Strategy]) -> Options:
+    """Validates the options beside `strategy.name`, wherever they will be used."""
     try:
-        options = strategy.options_class.model_validate(config.options)
+        return strategy.options_class.model_validate(config.options)
     except ValidationError as error:
         source = f"strategy {config.name!r}"
         raise ConfigError(explain(error, strategy.options_class, source, "strategy.")) from None
-    strategy.check(options, world, train)
-    return options

@@ -157,6 +157,13 @@ def test_a_precision_without_units_and_a_model_without_a_size_are_refused() -> N
         plan(1e9, model={"vocab_size": None})
 
 
+def test_a_strategy_that_is_none_is_refused_not_left_out() -> None:
+    with pytest.raises(ConfigError, match=r"strategy\.shard_optimizer='perhaps' is not true"):
+        plan(1e9, strategy={"name": "ddp", "shard_optimizer": "perhaps"})
+    with pytest.raises(ConfigError, match="did you mean 'fsdp'"):
+        plan(1e9, strategy={"name": "fsdq"})
+
+
 def test_a_hybrid_over_nodes_and_a_single_process() -> None:
     assert "fsdp hybrid" in rows(plan(1e9, world_size=16))
     assert "fsdp hybrid" not in rows(plan(1e9, world_size=8))
