@@ -11,6 +11,7 @@ import hashlib
 import os
 import socket
 import struct
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ T = TypeVar("T")
 
 CPU = torch.device("cpu")
 TIMEOUT = timedelta(minutes=10)
+_LIMIT = "OMP_THREAD_LIMIT"
 # Ranks that write a checkpoint wait for the slowest disk among them.
 SIDE_TIMEOUT = timedelta(hours=2)
 Group = tdist.ProcessGroup | None
@@ -100,12 +102,17 @@ def threads_per_rank(world: World) -> int:
 
     torchrun sets OMP_NUM_THREADS=1, which would leave most cores idle, so it is not asked.
     """
-    cores = available_cores()
+    cores = min(available_cores(), _most_threads())
     if world.launcher == "ray":
         return max(1, min(cores, read_int("OMP_NUM_THREADS", 1)))  # the CPUs it reserved
     if world.launcher == "srun" and has_own_cores(world):
         return max(1, min(cores, read_int("SLURM_CPUS_PER_TASK", cores)))
     return cores if has_own_cores(world) else max(1, cores // world.local_world_size)
+
+
+def _most_threads() -> int:
+    """With fewer threads than torch counts on, oneDNN leaves parts of a product unwritten."""
+    return max(1, read_int(_LIMIT, sys.maxsize))
 
 
 def has_own_cores(world: World) -> bool:
@@ -148,6 +155,11 @@ def ranks(
     Raises:
         ConfigError: the launcher's environment, the device or the cores do not allow it.
     """
+    if threads > _most_threads():
+        raise ConfigError(
+            f"run.threads={threads} threads, but {_LIMIT}={os.environ[_LIMIT]} in the environment "
+            "lets OpenMP start no more than that, and products would be wrong; change one of them"
+        )
     world = detect()
     world = replace(world, device=_pick_device(device, world.local_rank))
     share = bound_to_share(world.local_rank, world.local_world_size)

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-# First of all: a child forked from a process that has computed in several threads hangs (see
-# ranks.py), and a test may ask for more than one. OpenMP reads the limit once, when torch loads it;
-# the processes that tests start have none.
-assert "torch" not in sys.modules, "torch is loaded before its number of threads is limited"
-os.environ["OMP_THREAD_LIMIT"] = "1"
-
 import pytest
 import torch
 
-del os.environ["OMP_THREAD_LIMIT"]
+# First of all: fork after a multi-threaded matrix product would hang in the child (see ranks.py).
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell that starts the tests in the background has Ctrl-C ignored, and so would all they start.

@@ -120,6 +120,17 @@ def test_a_caller_keeps_its_number_of_threads() -> None:
     assert torch.get_num_threads() == before
 
 
+def test_no_more_threads_than_openmp_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told of more, torch 2.13 on a CPU leaves parts of a product as they were in memory."""
+    monkeypatch.setattr(dist, "available_cores", lambda: 8)
+    monkeypatch.setenv("OMP_THREAD_LIMIT", "3")
+    assert threads_per_rank(World()) == 3
+    assert threads_per_rank(World(world_size=8, local_world_size=8)) == 1
+    sentence = "run.threads=4 threads, but OMP_THREAD_LIMIT=3 in the environment"
+    with pytest.raises(ConfigError, match=sentence), dist.ranks("cpu", threads=4):
+        pass
+
+
 def _compute_in_parallel() -> float:
     return float(torch.ones(1 << 20).cos().mean())
 

@@ -1,8 +1,8 @@
 """The one helper for tests over several processes.
 
 Ranks are forked (0.1 s, where a spawned one imports torch for seconds) and meet over a file, so no
-port is taken. OpenMP's threads do not survive a fork, and a child that counts on them hangs:
-conftest keeps the parent at one, and each rank computes in one. A rank that raises fails the test
+port is taken. OpenMP's threads do not survive a fork, and a child that counts on them hangs,
+so each rank computes in one. A rank that raises fails the test
 with its traceback; a rank that hangs is killed after `TIMEOUT_S`, and the test says where it was.
 """
 
