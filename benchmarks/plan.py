@@ -1,7 +1,11 @@
 """The planner's memory against what real runs on this CPU needed.
 
+    scalellm bench plan --all --out DIR [--resume]
     scalellm bench plan [--variants single,ddp,fsdp,...] [--worlds 1,2] [--shapes 60m]
         [--seq-lens 256] [--checkpointing none,full] [--dry-run] [--json FILE] [--markdown FILE]
+
+`--all` is the whole table, an hour on two cores. With `--out` what was measured is on the disk
+after each cell, and `--resume` goes on where it ended; predictions are made anew.
 
 Each cell is a run of its own processes, of a few steps. `measured` is rank 0's resident high-water
 mark after the last step, before anything is saved, above its size before the model was built.
@@ -12,24 +16,26 @@ mark after the last step, before anything is saved, above its size before the mo
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from _plan_cells import ALL, SHAPES, VARIANTS, Cell, cells_of
 from _processes import end_tree, start
 from _sweep_cells import ALL_VARIANTS
 from _sweep_run import explain_failure
+from _sweep_state import Journal
 
-from scalellm.config import Config, parse_config
+from scalellm.config import Config
 from scalellm.data.prepare import PrepareOptions, prepare
 from scalellm.dist import World
-from scalellm.errors import ConfigError, UserError
+from scalellm.errors import UserError
 from scalellm.metrics import JSONL_NAME, read_rows
 from scalellm.model import count_parameters
 from scalellm.plan._record import is_deepspeed
@@ -37,69 +43,17 @@ from scalellm.plan.cpu import beside_tensors
 from scalellm.plan.dry_run import dry_run
 from scalellm.plan.memory import estimate
 from scalellm.plan.types import Memory
-from scalellm.train import check_config, dump_config
+from scalellm.train import dump_config
 from scalellm.train.folder import describe_environment
 
 MIB = 1 << 20
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "vocab_size": 2048},
-    "60m": {"num_layers": 8, "hidden_size": 704, "num_heads": 11, "vocab_size": 16384},
-    "wide": {"num_layers": 3, "hidden_size": 1152, "num_heads": 18, "vocab_size": 16384},
-    "deep": {"num_layers": 24, "hidden_size": 448, "num_heads": 7, "vocab_size": 8192},
-}
-VARIANTS = "single,ddp,fsdp,deepspeed-1,deepspeed-2,deepspeed-3"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run; `micro_batch` in samples, `accumulation` micro-batches a step."""
-
-    variant: str
-    world_size: int
-    shape: str
-    seq_len: int
-    checkpointing: str
-    precision: str
-    micro_batch: int
-    accumulation: int
-
-    @property
-    def id(self) -> str:
-        times = f"x{self.accumulation}" if self.accumulation > 1 else ""
-        return (
-            f"{self.variant}@{self.world_size}/{self.shape}/{self.micro_batch}{times}x"
-            f"{self.seq_len}/{self.precision}/{self.checkpointing}"
-        )
-
-    def config(self, steps: int = 3, data: Path = Path("data")) -> Config:
-        variant = ALL_VARIANTS[self.variant]
-        rows = self.micro_batch * self.accumulation * self.world_size
-        return parse_config(
-            {
-                "run": {"threads": 1, "device": "cpu"},
-                "data": {"path": str(data)},
-                "model": {**SHAPES[self.shape], "seq_len": self.seq_len},
-                "strategy": {"name": variant.name, **variant.options},
-                "train": {
-                    "steps": steps,
-                    "global_batch_size": rows,
-                    "micro_batch_size": self.micro_batch,
-                    "precision": self.precision,
-                    "activation_checkpointing": self.checkpointing,
-                },
-                "checkpoint": {"asynchronous": False, "keep": 1},
-                "metrics": {"tensorboard": False},
-            },
-            source=self.id,
-        )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the cells one by one and prints how far the planner is off; returns 0 if all ran."""
     args = _parse(argv)
     with tempfile.TemporaryDirectory(prefix="scalellm-plan-") as folder:
-        data = args.data or _prepared(Path(folder) / "data")
-        rows = [_row(cell, Path(folder) / "run", data, args) for cell in _cells(args)]
+        rows = _rows(args, Path(folder))
     report = {"environment": describe_environment(World()), "cells": rows, **summary(rows)}
     text = markdown(report)
     print(text)
@@ -110,10 +64,27 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if rows and all("error" not in row for row in rows) else 1
 
 
+def _rows(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    cells = cells_of(args)
+    data = args.data or _prepared(folder / "data")
+    if args.out is None:
+        return [_row(cell, _measured(cell, folder / "run", data, args), args) for cell in cells]
+    with closing(Journal(args.out)) as journal:
+        asked = {"cells": [cell.id for cell in cells], "steps": args.steps}
+        journal.begin({"config": asked}, resume=args.resume)
+        found = {entry["id"]: entry for entry in journal.entries}
+        for cell in cells:
+            if cell.id not in found:
+                found[cell.id] = {"id": cell.id, **_measured(cell, folder / "run", data, args)}
+                journal.add(found[cell.id])
+    return [_row(cell, found[cell.id], args) for cell in cells]
+
+
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scalellm bench plan", description=(__doc__ or "").splitlines()[0]
     )
+    parser.add_argument("--all", action="store_true", help="the whole table, about an hour")
     parser.add_argument("--variants", default=VARIANTS, help="by comma")
     parser.add_argument("--worlds", default="1,2", help="ranks, by comma")
     parser.add_argument("--shapes", default="60m", help=f"of {', '.join(SHAPES)}")
@@ -126,37 +97,20 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout-s", type=float, default=600.0)
     parser.add_argument("--dry-run", action="store_true", help="dry runs too, where they can be")
     parser.add_argument("--data", type=Path, help="prepared data; default: a part of stdlib")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="keeps what was measured")
+    parser.add_argument("--resume", action="store_true", help="go on with what is in --out")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
+    if args.all:
+        vars(args).update(ALL)
+    if args.resume and args.out is None:
+        raise UserError("--resume needs --out DIR: where what was measured is")
     for name, known in (("variants", ALL_VARIANTS), ("shapes", SHAPES)):
         for word in getattr(args, name).split(","):
             if word not in known:
                 raise UserError(f"--{name}: {word!r} is none of {', '.join(known)}")
     return args
-
-
-def _cells(args: argparse.Namespace) -> list[Cell]:
-    """All combinations that can be."""
-    numbers = (args.worlds, args.seq_lens, args.accumulations)
-    worlds, seq_lens, accumulations = ([int(n) for n in text.split(",")] for text in numbers)
-    words = (args.variants, args.shapes, args.checkpointing, args.precisions)
-    variants, shapes, modes, precisions = (text.split(",") for text in words)
-    cells = [
-        Cell(variant, world, shape, seq_len, mode, precision, args.micro_batch, times)
-        for variant, world, shape, seq_len, mode, precision, times in itertools.product(
-            variants, worlds, shapes, seq_lens, modes, precisions, accumulations
-        )
-    ]
-    return [cell for cell in cells if _can_be(cell)]
-
-
-def _can_be(cell: Cell) -> bool:
-    try:
-        check_config(cell.config(), World(world_size=cell.world_size, launcher="--nproc"))
-    except ConfigError:
-        return False
-    return True
 
 
 def _prepared(out: Path) -> Path:
@@ -167,18 +121,23 @@ def _prepared(out: Path) -> Path:
     return out
 
 
-def _row(cell: Cell, run: Path, data: Path, args: argparse.Namespace) -> dict[str, Any]:
+def _measured(cell: Cell, run: Path, data: Path, args: argparse.Namespace) -> dict[str, Any]:
     print(f"{cell.id} ...", file=sys.stderr, flush=True)
-    config = cell.config(args.steps, data)
+    try:
+        return {"measured_bytes": measure(cell.config(args.steps, data), cell, run, args.timeout_s)}
+    except UserError as error:
+        return {"status": "failed", "error": str(error)}
+
+
+def _row(cell: Cell, measured: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    config = cell.config(args.steps)
     row: dict[str, Any] = {"id": cell.id, "parameters": count_parameters(config.model)}
     row |= _predict("predicted", estimate(config, cell.world_size, "cpu"), config, cell)
     if args.dry_run and not is_deepspeed(config):
         row |= _predict("dry_run", dry_run(config, cell.world_size, "cpu").memory, config, cell)
-    try:
-        row["measured_bytes"] = measure(config, cell, run, args.timeout_s)
-    except UserError as error:
-        return {**row, "error": str(error)}
-    row["ratio"] = row["predicted_bytes"] / row["measured_bytes"]
+    row |= measured
+    if "measured_bytes" in row:
+        row["ratio"] = row["predicted_bytes"] / row["measured_bytes"]
     return row
 
 
@@ -223,14 +182,28 @@ def above_baseline(path: Path) -> int:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The median ratio and the worst error, relative to what was measured."""
-    ratios = [row["ratio"] for row in rows if "ratio" in row]
+    """Errors relative to what was measured: in the median and at worst, of all and by variant."""
+    ratios = {row["id"]: row["ratio"] for row in rows if "ratio" in row}
     if not ratios:
         return {"median_ratio": None, "worst_error": None}
+    variants = dict.fromkeys(_variant(name) for name in ratios)
     return {
-        "median_ratio": statistics.median(ratios),
-        "worst_error": max(abs(ratio - 1) for ratio in ratios),
+        "median_ratio": statistics.median(ratios.values()),
+        **_errors(ratios.values()),
+        "by_variant": {
+            variant: _errors(ratio for name, ratio in ratios.items() if _variant(name) == variant)
+            for variant in variants
+        },
     }
+
+
+def _variant(name: str) -> str:
+    return name.partition("@")[0]
+
+
+def _errors(ratios: Iterable[float]) -> dict[str, float]:
+    errors = [abs(ratio - 1) for ratio in ratios]
+    return {"median_error": statistics.median(errors), "worst_error": max(errors)}
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -247,8 +220,12 @@ def markdown(report: dict[str, Any]) -> str:
         ratio = f"{row['ratio']:.3f}" if "ratio" in row else row["error"]
         lines.append(f"| {row['id']} | {row['parameters']:,} | {' | '.join(sizes)} | {ratio} |")
     if report["median_ratio"] is not None:
-        worst = f"{100 * report['worst_error']:.1f}%"
-        lines += ["", f"Median ratio {report['median_ratio']:.3f}, worst error {worst}."]
+        lines += ["", "| variant | median error | worst |", "|---|---|---|"]
+        everything = {"all": report} if len(report["by_variant"]) > 1 else {}
+        for variant, errors in (report["by_variant"] | everything).items():
+            figures = (errors["median_error"], errors["worst_error"])
+            lines.append(f"| {variant} | {' | '.join(f'{100 * one:.1f}%' for one in figures)} |")
+        lines += ["", f"Median ratio {report['median_ratio']:.3f}."]
     return "\n".join(lines)
 
 

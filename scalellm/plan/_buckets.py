@@ -8,6 +8,7 @@ buckets.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from scalellm.plan.live import LiveBytes
 from scalellm.strategies.ddp import DDPOptions
 
 _FIRST_BUCKET_BYTES = 1 << 20  # torch.distributed._DEFAULT_FIRST_BUCKET_BYTES
+# torch/nn/parallel/distributed.py's, and how many broadcasts torch has under way (reducer.cpp).
+_BROADCAST_BYTES, _BROADCASTS_AT_ONCE = 250 << 20, 2
 
 
 class Buckets:
@@ -80,19 +83,38 @@ class Buckets:
             self.live.count_collective("all_reduce", sent.nbytes)
 
 
+def broadcast_buffers(tensors: list[Tensor]) -> None:
+    """What DDP makes at its start and gives up again: all is sent by rank 0, flat."""
+    parts, _ = _compute_assignment(tensors, [_BROADCAST_BYTES])
+    flats: list[Tensor] = []
+    for part in parts:
+        flats.append(_flat(tensors, part))
+        del flats[:-_BROADCASTS_AT_ONCE]
+
+
 def _assign(parameters: list[nn.Parameter], options: DDPOptions) -> list[list[int]]:
-    """Indices by bucket, in about the order in which gradients get ready: the last ones first."""
+    """Indices by bucket, the last parameters' first.
+
+    Where unused parameters are looked for, buckets stay what they were at the start. Else they are
+    made anew in the order in which gradients got ready, about the reverse of the parameters'.
+    """
     cap_bytes = options.bucket_mb << 20
     if options.compression == "powersgd":
         return [list(range(len(parameters)))[::-1]]
-    limits = [_FIRST_BUCKET_BYTES, cap_bytes]
+    if options.find_unused_parameters:
+        parts, _ = _compute_assignment(list(parameters), [cap_bytes])
+        return parts[::-1]
     reversed_ones: list[Tensor] = list(parameters[::-1])
-    assign: Any = tdist._compute_bucket_assignment_by_size  # type: ignore[attr-defined]
-    parts, _ = assign(reversed_ones, limits)
+    parts, _ = _compute_assignment(reversed_ones, [_FIRST_BUCKET_BYTES, cap_bytes])
     return [[len(parameters) - 1 - index for index in part] for part in parts]
 
 
-def _flat(parameters: list[nn.Parameter], part: list[int]) -> Tensor:
+def _compute_assignment(tensors: list[Tensor], limits: list[int]) -> Any:
+    assign: Any = tdist._compute_bucket_assignment_by_size  # type: ignore[attr-defined]
+    return assign(tensors, limits)
+
+
+def _flat(parameters: Sequence[Tensor], part: list[int]) -> Tensor:
     first = parameters[part[0]]
     size = sum(parameters[index].numel() for index in part)
     return torch.empty(size, dtype=first.dtype, device=first.device)

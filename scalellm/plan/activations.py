@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import Counter
 
 from scalellm.config import Config, ModelConfig, TrainConfig
-from scalellm.plan._record import FEW_LAYERS, Passes, Trace, record_passes
+from scalellm.plan._record import Passes, Trace, record_passes
+from scalellm.plan._steps import FEW_LAYERS
 from scalellm.plan.dry_run import remembered, stretched
 from scalellm.plan.live import Kind
 

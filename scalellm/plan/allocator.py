@@ -20,13 +20,22 @@ _SMALL_SEGMENT, _SEGMENT = 2 * MIB, 20 * MIB
 _OWN_SEGMENT = 10 * MIB  # from here on a segment holds one allocation, rounded to 2 MiB
 
 
+# Streams on a CPU: of a thread of gloo's own, and what is asked for and never written to.
+GLOO, UNTOUCHED = "gloo", "untouched"
+
+
 @dataclass(frozen=True)
 class Event:
-    """An allocation (`size_bytes` > 0) or the free of it; `stream` is whose memory it takes."""
+    """An allocation (`size_bytes` > 0) or the free of it; `stream` is whose memory it takes.
+
+    Of no size: one more tensor over the same memory.
+    `is_recorded`: autograd was on and keeps how it came about.
+    """
 
     number: int
     size_bytes: int
     stream: str = "compute"
+    is_recorded: bool = False
 
 
 def reserved_bytes(events: Iterable[Event], *, expandable: bool = False) -> int:
@@ -38,6 +47,8 @@ def reserved_bytes(events: Iterable[Event], *, expandable: bool = False) -> int:
     pools: dict[tuple[str, bool], _Pool] = {}
     places: dict[int, tuple[_Pool, int]] = {}
     for event in events:
+        if event.size_bytes == 0:
+            continue
         if event.size_bytes < 0:
             pool, start = places.pop(event.number)
             pool.free(start)

@@ -5,34 +5,50 @@ Figures of torch 2.13 on Linux with glibc, above the size a process has before i
 
 from __future__ import annotations
 
+import itertools
+
 from scalellm import strategies
 from scalellm.config import Config
-from scalellm.dist import World
-from scalellm.model import count_parameters
+from scalellm.plan._record import engine_runs_dry, is_deepspeed, record_events
+from scalellm.plan.allocator import MIB
+from scalellm.plan.heap import heap_bytes
 from scalellm.plan.types import Memory
 
-# Modules and kernels that are loaded with the first model and the first step: a model of two
-# blocks of 64 features, whose own tensors take 3 MiB, grew by 98 MiB.
-PROCESS_BYTES = 95 << 20
+# Modules and kernels that are loaded with the first model and the first step: what a model of two
+# blocks of 256 features took above its heap, in one run each. FSDP's own have been loaded before.
+_PROCESS_BYTES = {"fsdp": 55 * MIB}
+_OTHER_PROCESS_BYTES, _ENGINE_BYTES = 96 * MIB, 148 * MIB
+
+# A heap of so many blocks is simulated whole; that of more has as large a share of holes.
+_WHOLE_LAYERS = 12
+
+_HOLES: dict[str, float] = {}
 
 
 def beside_tensors(config: Config, world_size: int, memory: Memory) -> int:
-    """Returns the bytes to add to a prediction made for a CPU."""
-    return PROCESS_BYTES + _heap_bytes(config, world_size, memory)
+    """Returns the bytes to add to a prediction made for a CPU: what is loaded, and holes."""
+    return _process_bytes(config) + _hole_bytes(config, world_size, memory)
 
 
-def _heap_bytes(config: Config, world_size: int, memory: Memory) -> int:
-    """What the heap keeps of gradients that are not alive at the tensors' peak.
+def _process_bytes(config: Config) -> int:
+    if is_deepspeed(config):
+        return _ENGINE_BYTES
+    return _PROCESS_BYTES.get(config.strategy.name, _OTHER_PROCESS_BYTES)
 
-    glibc returns blocks of 32 MiB and more at once, smaller ones only from the heap's end, and
-    gradients do not fit into the gaps that activations of other sizes leave: the resident set
-    grows as if both had been there together. In a step of 59M parameters it was 880 MiB after the
-    backward, where tensors took 650 at their peak and gradients 226.
-    """
-    strategy_class = strategies.resolve(config.strategy.name)
-    world = World(world_size=world_size, launcher="the planner")
-    options = strategies.parse_options(config.strategy, strategy_class, world, config.train)
-    sharding = strategy_class.sharding(options, world, config.train)
-    element_bytes = sharding.working_bytes or (8 if config.train.precision == "fp64" else 4)
-    all_bytes = count_parameters(config.model) * element_bytes // sharding.gradients
-    return max(0, all_bytes - memory.gradients_bytes)
+
+def _hole_bytes(config: Config, world_size: int, memory: Memory) -> int:
+    """What the heap reaches beyond the tensors' peak; 0 for a strategy that cannot run dry."""
+    if config.strategy.name not in strategies.names():
+        return 0
+    if is_deepspeed(config) and not engine_runs_dry(config, world_size):
+        return 0
+    layers = min(config.model.num_layers, _WHOLE_LAYERS)
+    model = config.model.model_copy(update={"num_layers": layers})
+    small = config.model_copy(update={"model": model})
+    key = f"{small.model!r} {small.strategy!r} {small.train!r} {small.data.document_mask}"
+    key += f" {world_size}"
+    if key not in _HOLES:
+        _, events = record_events(small, world_size, "cpu")
+        peak_bytes = max(itertools.accumulate(event.size_bytes for event in events))
+        _HOLES[key] = heap_bytes(events) / peak_bytes - 1
+    return max(0, int(_HOLES[key] * memory.peak_bytes))

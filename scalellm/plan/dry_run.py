@@ -2,8 +2,9 @@
 
 The strategy, the decoder and the optimizer run on fake tensors, which have shapes and no data, over
 a process group that answers at once: a thousand ranks are simulated by their first. DDP's reducer
-and DeepSpeed's engine read data and cannot run like that. What DDP's reducer does to memory is done
-by `_buckets` instead; DeepSpeed has an estimate only (`memory.estimate`).
+reads data and cannot run like that: what it does to memory is done by `_buckets` instead.
+DeepSpeed's engine reads numbers too, which are answered (`_zero_steps`), as on a CPU; for a GPU it
+has an estimate only (`memory.estimate`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from scalellm.config import Config
-from scalellm.plan._record import FEW_LAYERS, FIRST, MIDDLE, Trace, record
+from scalellm.plan._record import Trace, record
+from scalellm.plan._steps import FEW_LAYERS, FIRST, MIDDLE
 from scalellm.plan.live import KINDS, Kind
 from scalellm.plan.types import Collective, CollectiveKind, Memory
 
@@ -44,7 +46,7 @@ def dry_run(config: Config, world_size: int, device_type: str = "cuda") -> DryRu
             lie elsewhere.
 
     Raises:
-        UserError: DeepSpeed; or this process is a rank of a process group.
+        UserError: DeepSpeed for a GPU or with a disk; or this process is a rank of a process group.
         ConfigError: the config cannot run in such a world.
     """
     started_s = time.perf_counter()

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scalellm.plan.allocator import Event
+from scalellm.plan.allocator import GLOO, UNTOUCHED, Event
 from scalellm.plan.types import CollectiveKind
 
 Kind = Literal["parameters", "optimizer", "gradients", "buffers", "activations", "temporary"]
@@ -58,6 +58,12 @@ class _Change:
 
 
 @dataclass(frozen=True)
+class _View:
+    number: int
+    is_recorded: bool
+
+
+@dataclass(frozen=True)
 class Segment:
     """What happened from one mark to the next, in bytes by kind relative to its start.
 
@@ -71,23 +77,31 @@ class Segment:
 
 
 class LiveBytes(TorchDispatchMode):
-    """A log of what is allocated and freed, in bytes; inside `FakeTensorMode`, enter it last."""
+    """A log of what is allocated and freed, in bytes; inside `FakeTensorMode`, enter it last.
 
-    def __init__(self) -> None:
+    `gloo`: also what gloo, the library between CPUs, would take for a collective and give back.
+    """
+
+    def __init__(self, *, gloo: bool = False) -> None:
         super().__init__()
-        self._log: list[_Change | Traffic | str] = []
+        self._gloo = gloo
+        self._log: list[_Change | _View | Traffic | str] = []
         self._sizes: dict[int, int] = {}
         self._numbers: dict[int, int] = {}  # a storage's address, while it lives, to its number
         self._watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._kinds: dict[int, Kind] = {}
         self._last_number = 0
         self._streams: dict[int, str] = {}  # of what is not the computing's
+        self._recorded: set[int] = set()  # made where autograd was on
 
     # -- what is seen -----------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = self._last_number
         result = func(*args, **(kwargs or {}))
         self.add(result)
+        if self._last_number == known:
+            self._add_views(result)
         name = func._schema.name
         if "c10d" in name.partition("::")[0]:
             self._add_collective(name.partition("::")[2], (args, kwargs, result))
@@ -96,8 +110,16 @@ class LiveBytes(TorchDispatchMode):
     def add(self, tensors: Any) -> None:
         """Begins to count the storages of tensors, in any nesting."""
         for tensor in tree_leaves(tensors):
-            if isinstance(tensor, Tensor):
+            # A tensor on "meta" has a size and no memory, even beside fake ones.
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
                 self._number_of(tensor)
+
+    def _add_views(self, result: Any) -> None:
+        """Notes tensors that are new and their numbers not: objects, but no memory to speak of."""
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                number = self._number_of(tensor)
+                self._log.append(_View(number, torch.is_grad_enabled()))
 
     @contextmanager
     def watching_resizes(self) -> Iterator[None]:
@@ -125,6 +147,8 @@ class LiveBytes(TorchDispatchMode):
             self._last_number += 1
             number = self._numbers[address] = self._last_number
             self._sizes[number] = 0
+            if torch.is_grad_enabled():
+                self._recorded.add(number)
             self._change(number, storage.nbytes())
 
             def freed(_: Any) -> None:
@@ -152,6 +176,25 @@ class LiveBytes(TorchDispatchMode):
             if kind == "all_gather" or (kind == "reduce_scatter" and size_bytes < whole_bytes):
                 self._streams[number] = kind
         self._log.append(Traffic(kind, whole_bytes))
+        if self._gloo and kind != "all_reduce":
+            self._pass_through_gloo(kind, whole_bytes)
+
+    def _pass_through_gloo(self, kind: CollectiveKind, whole_bytes: int) -> None:
+        """What gloo makes of a collective's own size and gives up before the next operation.
+
+        A reduced part is cut from a copy of the whole. A gather makes a flat tensor and never
+        writes to it, and one of its threads another one, into which it gathers. (Seen at malloc
+        under torch 2.13; a sum takes 2 MiB at most.)
+        """
+        for stream in (UNTOUCHED, GLOO) if kind == "all_gather" else ("compute",):
+            self._last_number += 1
+            number = self._last_number
+            self._sizes[number] = 0
+            self.set_kind("buffers", number)
+            if stream != "compute":
+                self._streams[number] = stream
+            for change_bytes in (whole_bytes, -whole_bytes):
+                self._change(number, change_bytes)
 
     # -- what is said -----------------------------------------------------------------------
 
@@ -198,6 +241,8 @@ class LiveBytes(TorchDispatchMode):
         sizes: dict[int, int] = {}
         found = []
         for entry in self._log:
+            if isinstance(entry, _View):
+                found.append(Event(entry.number, 0, is_recorded=entry.is_recorded))
             if not isinstance(entry, _Change):
                 continue
             stream = self._streams.get(entry.number, "compute")
@@ -205,7 +250,8 @@ class LiveBytes(TorchDispatchMode):
             sizes[entry.number] = new_bytes = old_bytes + entry.change_bytes
             for size_bytes in (-old_bytes, new_bytes):
                 if size_bytes:
-                    found.append(Event(entry.number, size_bytes, stream))
+                    is_recorded = entry.number in self._recorded
+                    found.append(Event(entry.number, size_bytes, stream, is_recorded))
         return found
 
     def _sum(self, entries: Iterable[object]) -> Counter[Kind]:

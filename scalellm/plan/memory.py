@@ -1,9 +1,9 @@
 """The memory of one rank under any strategy, in seconds for a model of any size.
 
 What can run dry is asked: the strategy itself takes a step with a few blocks, of which the middle
-one is then repeated. DeepSpeed's engine cannot: what it holds is added up here (`_zero_memory`), on
-top of the passes of the same decoder. A strategy of the user's own is taken at the word of its
-`sharding()`.
+one is then repeated. DeepSpeed's buckets do not repeat with the blocks. For a CPU its engine takes
+a step of the whole model; for a GPU what it holds is added up (`_zero_memory`), on top of the
+passes of the same decoder. A strategy of the user's own is taken at the word of its `sharding()`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from scalellm import strategies
 from scalellm.config import Config, TrainConfig
 from scalellm.dist import World
 from scalellm.model import count_parameters
-from scalellm.plan._record import FEW_LAYERS, is_deepspeed, record
+from scalellm.plan._record import Trace, engine_runs_dry, is_deepspeed, record
+from scalellm.plan._steps import FEW_LAYERS
 from scalellm.plan._zero_memory import zero_memory
 from scalellm.plan.activations import activations, spared_by_compiling
 from scalellm.plan.dry_run import remembered, stretched, summarize
@@ -47,23 +48,29 @@ def estimate(config: Config, world_size: int, device_type: str = "cuda") -> Memo
 
 def _uncompiled(config: Config, world_size: int, device_type: str) -> Memory:
     if is_deepspeed(config):
-        return zero_memory(config, world_size, device_type)
+        if device_type != "cpu" or not engine_runs_dry(config, world_size):
+            return zero_memory(config, world_size, device_type)
+        trace = _recorded(config, world_size, device_type, config.model.num_layers)
+        return summarize(trace)[0]
     if config.strategy.name not in strategies.names():
         return _by_word(config, world_size, device_type)
     layers = config.model.num_layers
-    small = _small(config, world_size)
+    trace = _recorded(config, world_size, device_type, min(layers, FEW_LAYERS))
+    return summarize(stretched(trace, layers) if layers > FEW_LAYERS else trace)[0]
+
+
+def _recorded(config: Config, world_size: int, device_type: str, layers: int) -> Trace:
+    small = _small(config, world_size, layers)
     key = (
         f"{small.model!r} {small.strategy!r} {small.train!r} {small.data.document_mask} "
         f"{world_size} {device_type}"
     )
-    trace = remembered(key, lambda: record(small, world_size, device_type))
-    return summarize(stretched(trace, layers) if layers > FEW_LAYERS else trace)[0]
+    return remembered(key, lambda: record(small, world_size, device_type))
 
 
-def _small(config: Config, world_size: int) -> Config:
+def _small(config: Config, world_size: int, layers: int) -> Config:
     """Only what a step's memory depends on, so that plans which differ elsewhere share a trace."""
     plan = config.batches(world_size)
-    layers = min(config.model.num_layers, FEW_LAYERS)
     train = TrainConfig(
         precision=config.train.precision,
         activation_checkpointing=config.train.activation_checkpointing,

@@ -43,7 +43,7 @@ def test_a_run_that_did_not_end_is_refused(bench: Any, tmp_path: Path) -> None:
 
 def test_cells_that_cannot_be_are_left_out(bench: Any) -> None:
     args = bench._parse(["--variants", "single,ddp", "--worlds", "1,2", "--shapes", "tiny"])
-    found = [(cell.variant, cell.world_size) for cell in bench._cells(args)]
+    found = [(cell.variant, cell.world_size) for cell in bench.cells_of(args)]
     assert found == [("single", 1), ("ddp", 1), ("ddp", 2)]
 
 
@@ -63,7 +63,40 @@ def test_the_summary_leaves_failed_cells_out_and_the_table_does_not(bench: Any) 
     text = bench.markdown({"environment": machine, "cells": [good, bad], **found})
     assert "| a | 1,000 | 110 |  | 100 | 1.100 |" in text
     assert "it fell over |" in text
-    assert "worst error 10.0%" in text
+    assert "| a | 10.0% | 10.0% |" in text
+
+
+def test_all_is_every_strategy_and_each_needs_a_folder_to_resume(bench: Any) -> None:
+    cells = bench.cells_of(bench._parse(["--all"]))
+    assert {cell.variant for cell in cells} >= {"single", "ddp-zero1", "fsdp", "deepspeed-3"}
+    assert {cell.world_size for cell in cells} == {1, 2, 4}
+    assert len({cell.id for cell in cells}) == len(cells)
+    assert len({cell.variant for cell in cells[:22]}) == 8  # the first part has all in it
+    with pytest.raises(bench.UserError, match="--resume needs --out"):
+        bench._parse(["--resume"])
+
+
+def test_an_interrupted_table_goes_on(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--variants", "single,ddp", "--worlds", "1", "--shapes", "tiny", "--data", "data"]
+    words += ["--out", str(tmp_path / "out")]
+    ran: list[str] = []
+
+    def measured(cell: Any, *_: Any) -> dict[str, int]:
+        if ran:
+            raise KeyboardInterrupt
+        ran.append(cell.id)
+        return {"measured_bytes": 100}
+
+    monkeypatch.setattr(bench, "_measured", measured)
+    monkeypatch.setattr(bench, "_row", lambda cell, found, args: found)
+    with pytest.raises(KeyboardInterrupt):
+        bench._rows(bench._parse(words), tmp_path)
+    first = ran.pop()
+    rows = bench._rows(bench._parse([*words, "--resume"]), tmp_path)
+    assert [row["measured_bytes"] for row in rows] == [100, 100]
+    assert first.startswith("single") and ran[0].startswith("ddp")
 
 
 @pytest.mark.slow

@@ -156,9 +156,9 @@ def test_offloaded_states_lie_on_the_host() -> None:
 
 
 @pytest.mark.parametrize("name", ["deepspeed", "accelerate"])
-def test_deepspeed_is_refused_in_one_sentence(name: str) -> None:
+def test_deepspeed_on_a_gpu_is_refused_in_one_sentence(name: str) -> None:
     options = {"backend": "deepspeed"} if name == "accelerate" else {}
-    with pytest.raises(UserError, match="cannot run dry"):
+    with pytest.raises(UserError, match="can run dry for a CPU only"):
         dry_run(config({"name": name, **options}, world_size=2), 2)
 
 

@@ -120,9 +120,11 @@ def test_an_update_on_the_host_takes_nothing_of_the_device() -> None:
     assert memory.peak_bytes < here.peak_bytes - 12 * parameters
 
 
-def test_stage_3_gathers_no_more_than_the_reuse_distance_allows(tmp_path: Path) -> None:
+def test_stage_3_gathers_no_more_than_its_limits_allow(tmp_path: Path) -> None:
     own = tmp_path / "own.json"
-    own.write_text('{"zero_optimization": {"stage3_max_reuse_distance": 0}}')
+    own.write_text(
+        '{"zero_optimization": {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}}'
+    )
     shape = {"num_layers": 24}
     all_kept = estimate(config({**ZERO, "stage": 3}, 4, shape), 4)
     few_kept = estimate(config({**ZERO, "stage": 3, "config": str(own)}, 4, shape), 4)

@@ -1,0 +1,325 @@
+"""What a process on a CPU grows by for a sequence of allocations and frees: glibc's heap.
+
+Torch asks the C library for every tensor, and `process.keep_freed_memory` has it serve all of them
+from one heap that only ever grows: what is resident is how far the heap has reached, holes and all.
+A hole is not taken again by a tensor of its own size: the library looks for the size *and* the
+alignment, and gives back what was too much only then. The rules are those of glibc 2.36
+(malloc/malloc.c; 2.26 to 2.42 differ in nothing that is seen here), in their own numbers, to the
+byte, for the thread that allocates; the alignment is torch's (c10/core/impl/alloc_cpu.cpp).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from scalellm.plan.allocator import GLOO, MIB, UNTOUCHED, Event
+
+_HEAD, _UNIT, _LEAST = 8, 16, 32  # of a chunk: what it has beside the caller's bytes, and sizes
+_SMALL = 1024  # chunks below lie in bins of one size each
+_CACHED, _CACHED_TIMES = 1040, 7  # the largest chunk that a thread keeps, and how many of a size
+_FAST = 128  # the largest that is not joined with its neighbours when it is freed
+_FAST_JOINED_FROM = 64 << 10
+_BEGINS = 8
+_GLOO_THREADS, _THREAD_HEAP = 2, 64 * MIB
+_PAGE, _PAD = 4096, 128 << 10  # what the heap is extended by, and how much more than was asked
+_ALIGNED, _HUGE = 64, 2 * MIB  # alignment of a tensor; from _HUGE on it is a page
+# What torch makes beside a tensor's numbers and frees with them, and what autograd adds (torch
+# 2.13, seen at malloc): they lie where a tensor's ends were cut off, and keep holes apart.
+_OBJECTS = (24, 96, 176)  # for Python, the storage, the tensor
+_VIEW, _VIEW_RECORD = (176,), (16, 312, 488)  # the same of a view
+_RECORD = (16, 184, 544)  # what autograd knows of it, and the node, of 464 to 736 bytes
+
+
+def heap_bytes(events: Sequence[Event]) -> int:
+    """Returns how far the heap reaches after all of them, beginning with an empty one.
+
+    Where the heap ends in its page when the model is made decides what later fits where, and
+    nobody knows it: it is the mean over some such ends.
+    """
+    own = [event for event in events if event.stream != GLOO]
+    found = []
+    for begin in range(0, _PAGE, _PAGE // _BEGINS):
+        heap = Heap(begin)
+        heap.play(own)
+        found.append(heap.reached - begin)
+    return sum(found) // len(found) + _gloo_bytes(events)
+
+
+def _gloo_bytes(events: Sequence[Event]) -> int:
+    """What the threads of gloo hold, which take turns, each in heaps of its own of 64 MiB.
+
+    They keep the first of these. What is larger than one comes from the system, and goes back.
+    """
+    threads = [Heap() for _ in range(_GLOO_THREADS)]
+    turns = itertools.cycle(threads)
+    largest_bytes = 0
+    for event in events:
+        if event.stream == GLOO and event.size_bytes > 0:
+            if event.size_bytes > _THREAD_HEAP:
+                largest_bytes = max(largest_bytes, event.size_bytes)
+            else:
+                next(turns).play([event, replace(event, size_bytes=-event.size_bytes)])
+    return largest_bytes + sum(min(heap.reached, _THREAD_HEAP) for heap in threads)
+
+
+class Heap:
+    """One heap and its only thread; `reached` is the highest address that was in use."""
+
+    def __init__(self, begin: int = 0) -> None:
+        self.reached = begin
+        self._top = self._end = begin  # from `_top` on nothing was handed out
+        self._used: dict[int, int] = {}  # sizes by address; also of what is cached or fast
+        self._free = _Bins()
+        self._cached: dict[int, list[int]] = {}
+        self._fast: dict[int, list[int]] = {}
+        self._places: dict[int, list[int]] = {}
+
+    # -- what a program asks ----------------------------------------------------------------
+
+    def play(self, events: Iterable[Event]) -> None:
+        """Does what tensors do; the streams of `events` are one here."""
+        for event in events:
+            if event.size_bytes < 0:
+                for address in self._places.pop(event.number):
+                    self.free(address)
+                continue
+            if event.size_bytes == 0:
+                views = _VIEW + (_VIEW_RECORD if event.is_recorded else ())
+                # The memory may be gone for a while, as that of gathered parameters.
+                self._places.setdefault(event.number, []).extend(map(self.malloc, views))
+                continue
+            reached = self.reached
+            place = self.memalign(alignment_of(event.size_bytes), event.size_bytes)
+            objects = _OBJECTS + (_RECORD if event.is_recorded else ())
+            if event.stream == UNTOUCHED:  # asked for, but not resident
+                self.reached, objects = reached, ()
+            held = self._places.setdefault(event.number, [])
+            held += [place, *map(self.malloc, objects)]
+
+    def malloc(self, size_bytes: int) -> int:
+        """Returns the address of a chunk, whose user's bytes begin 16 later."""
+        size = _chunk(size_bytes)
+        cached = self._cached.get(size)
+        return cached.pop() if cached else self._take(size)
+
+    def memalign(self, alignment: int, size_bytes: int) -> int:
+        """As `malloc`, with user's bytes at a multiple of `alignment`."""
+        size = _chunk(size_bytes)
+        address = self._take(_chunk(size + alignment + _LEAST))
+        if (address + _UNIT) % alignment:
+            start = -(-(address + _UNIT) // alignment) * alignment - _UNIT
+            if start - address < _LEAST:
+                start += alignment
+            self._used[start] = self._used[address] - (start - address)
+            self._used[address] = start - address
+            self.free(address)
+            address = start
+        rest = self._used[address] - size
+        if rest > _LEAST:
+            self._used[address], self._used[address + size] = size, rest
+            self.free(address + size)
+        return address
+
+    def free(self, address: int) -> None:
+        """Gives a chunk back."""
+        size = self._used[address]
+        if size <= _CACHED and self._cache(size, address):
+            return
+        if size <= _FAST:
+            self._fast.setdefault(size, []).append(address)
+        elif self._join(address) >= _FAST_JOINED_FROM:
+            self._join_fast()
+
+    @property
+    def used_bytes(self) -> int:
+        """What is handed out now, with what each chunk has beside; cached ones too."""
+        return sum(self._used.values())
+
+    # -- where it finds a chunk -------------------------------------------------------------
+
+    def _take(self, size: int) -> int:
+        address = self._of_its_size(size)
+        if address is None and size >= _SMALL:
+            self._join_fast()
+        while address is None:
+            address = self._sorted_until(size)
+            if address is None:
+                found = self._free.best_fit(size)
+                if found is not None:
+                    address = self._cut(found, size, leaves_rest=size < _SMALL)
+                elif self._end - self._top >= size + _LEAST or not self._join_fast():
+                    address = self._from_top(size)
+        return address
+
+    def _of_its_size(self, size: int) -> int | None:
+        """What was freed of exactly this small size; the thread caches more of them."""
+        fast = self._fast.get(size)
+        if fast:
+            address = fast.pop()
+            while fast and self._cache(size, fast[-1]):
+                fast.pop()
+            return address
+        found = self._free.oldest(size) if size < _SMALL else None
+        if found is None:
+            return None
+        self._use(found)
+        while (other := self._free.oldest(size)) is not None and self._cache(size, other):
+            self._use(other)
+        return found
+
+    def _sorted_until(self, size: int) -> int | None:
+        """Puts what was freed lately into bins, up to one of exactly this size."""
+        free, is_cached = self._free, False
+        while free.unsorted:
+            address = next(iter(free.unsorted))
+            found = free.sizes[address]
+            is_last_rest = address == free.last_rest and len(free.unsorted) == 1
+            if size < _SMALL and is_last_rest and found > size + _LEAST:
+                return self._cut(address, size, leaves_rest=True)
+            if found != size:
+                free.sort(address)
+                continue
+            self._use(address)
+            if size > _CACHED or not self._cache(size, address):
+                return address
+            is_cached = True
+        return self._cached[size].pop() if is_cached else None
+
+    def _cut(self, address: int, size: int, *, leaves_rest: bool) -> int:
+        rest = self._free.remove(address) - size
+        if rest < _LEAST:
+            self._used[address] = size + rest
+            return address
+        self._used[address] = size
+        self._free.add(address + size, rest)
+        if leaves_rest:
+            self._free.last_rest = address + size
+        return address
+
+    def _use(self, address: int) -> None:
+        self._used[address] = self._free.remove(address)
+
+    def _from_top(self, size: int) -> int:
+        missing = size + _LEAST - (self._end - self._top)
+        if missing > 0:
+            self._end = -(-(self._end + missing + _PAD) // _PAGE) * _PAGE
+        address, self._top = self._top, self._top + size
+        self._used[address] = size
+        self.reached = max(self.reached, self._top)
+        return address
+
+    # -- where it puts one ------------------------------------------------------------------
+
+    def _cache(self, size: int, address: int) -> bool:
+        cached = self._cached.setdefault(size, [])
+        if len(cached) == _CACHED_TIMES:
+            return False
+        cached.append(address)
+        return True
+
+    def _join(self, address: int) -> int:
+        """Frees a chunk together with free neighbours; returns the size of all."""
+        free, size = self._free, self._used.pop(address)
+        before = free.ends.get(address)
+        if before is not None:
+            size += free.remove(before)
+            address = before
+        if address + size == self._top:
+            self._top = address
+            return self._end - address
+        if address + size in free.sizes:
+            size += free.remove(address + size)
+        free.add(address, size)
+        return size
+
+    def _join_fast(self) -> bool:
+        """Returns whether there were any."""
+        any_of_them = False
+        for size in sorted(self._fast):
+            for address in self._fast.pop(size)[::-1]:
+                self._join(address)
+                any_of_them = True
+        return any_of_them
+
+
+def alignment_of(tensor_bytes: int) -> int:
+    """What torch asks for: huge ones begin a page, on which Linux may put a huge page."""
+    return _PAGE if tensor_bytes >= _HUGE else _ALIGNED
+
+
+class _Bins:
+    """Free chunks: first in the order in which they were freed, later by size."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[int, int] = {}
+        self.ends: dict[int, int] = {}  # address by the address after the chunk
+        self.unsorted: dict[int, None] = {}
+        self.last_rest: int | None = None
+        self._bins: dict[int, dict[int, list[int]]] = {}  # by bin, then by size
+        self._filled = 0  # a bit for each bin
+
+    def add(self, address: int, size: int) -> None:
+        self.sizes[address], self.ends[address + size] = size, address
+        self.unsorted[address] = None
+
+    def remove(self, address: int) -> int:
+        """Returns the size of what is no longer free."""
+        size = self.sizes.pop(address)
+        del self.ends[address + size]
+        if address in self.unsorted:
+            del self.unsorted[address]
+            return size
+        index = _bin(size)
+        same = self._bins[index][size]
+        same.remove(address)
+        if not same:
+            del self._bins[index][size]
+            if not self._bins[index]:
+                self._filled &= ~(1 << index)
+        return size
+
+    def sort(self, address: int) -> None:
+        del self.unsorted[address]
+        size = self.sizes[address]
+        index = _bin(size)
+        same = self._bins.setdefault(index, {}).setdefault(size, [])
+        same.insert(0 if size < _SMALL else 1, address)  # the first of a large size stays first
+        self._filled |= 1 << index
+
+    def oldest(self, size: int) -> int | None:
+        """Of chunks of this small size, sorted."""
+        same = self._bins.get(_bin(size), {}).get(size)
+        return same[-1] if same else None
+
+    def best_fit(self, size: int) -> int | None:
+        """The smallest sorted chunk that is large enough."""
+        index = _bin(size)
+        fitting = [found for found in self._bins.get(index, ()) if found >= size]
+        if fitting and size >= _SMALL:
+            same = self._bins[index][min(fitting)]
+            return same[min(1, len(same) - 1)]
+        larger = self._filled >> (index + 1)
+        if not larger:
+            return None
+        index += (larger & -larger).bit_length()
+        same = self._bins[index][min(self._bins[index])]
+        return same[-1]
+
+
+def _chunk(size_bytes: int) -> int:
+    return max(_LEAST, -(-(size_bytes + _HEAD) // _UNIT) * _UNIT)
+
+
+# Above _SMALL: the most that a bin's number counts to, in units of so many bits, from where.
+_STEPS = ((48, 6, 48), (20, 9, 91), (10, 12, 110), (4, 15, 119), (2, 18, 124))
+
+
+def _bin(size: int) -> int:
+    if size < _SMALL:
+        return size >> 4
+    for most, bits, first in _STEPS:
+        if size >> bits <= most:
+            return first + (size >> bits)
+    return 126
