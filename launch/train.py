@@ -6,7 +6,7 @@ torchrun --nproc-per-node 2 launch/train.py --config configs/char-tiny.yaml
 
 import sys
 
-from scalellm.cli import main
+from scalellm.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    run(["train", *sys.argv[1:]])

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 from scalellm import __version__
 from scalellm.commands import COMMANDS as PLAIN_COMMANDS
@@ -27,7 +28,7 @@ from scalellm.errors import (
 )
 from scalellm.plan_command import plan
 from scalellm.prepare_command import prepare
-from scalellm.process import set_environment
+from scalellm.process import leave, set_environment
 from scalellm.train_command import train
 
 COMMANDS = {
@@ -37,6 +38,11 @@ COMMANDS = {
     "data": (data, "inspect, verify, diff or convert datasets"),
     "plan": (plan, "what fits, how fast, before it is run"),
 }
+
+
+def run(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs one command and ends the process: what scripts call."""
+    leave(main(argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import os
 from collections.abc import Callable, Sequence
@@ -73,6 +74,7 @@ def counted(names: list[str]) -> dict[str, tuple[int, int]]:
     """What this rank's engines hold at their peak, and between steps, in bytes."""
     deepspeed.norm_of = norm_seen  # type: ignore[attr-defined]
     all_of_them = cases(tdist.get_world_size())
+    gc.disable()  # an engine is full of cycles, and when Python ends them by itself is chance
     return {name: count(all_of_them[name]) for name in names}
 
 
@@ -95,8 +97,10 @@ def count(made: Config) -> tuple[int, int]:
     with live:
         live.mark("setup")
         strategy.setup(model, functools.partial(make_adamw, train=made.train))
+        gc.collect()
         for micro_batches in (1, times, times):
             take(strategy, made, micro_batches)
+            gc.collect()
     start, [all_of_it] = live.segments("setup")
     strategy.close()
     peak_bytes = sum(start.values()) + sum(all_of_it.peak.values())
