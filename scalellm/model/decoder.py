@@ -289,15 +289,19 @@ class Decoder(nn.Module):
         if positions_BT is None:
             end = past_tokens + tokens_BT.shape[1]
             positions_BT = torch.arange(past_tokens, end, device=tokens_BT.device).unsqueeze(0)
-        x_BTC = self._embed(tokens_BT, positions_BT, past_tokens + tokens_BT.shape[1])
-        rotation_2BT1R = None
-        if self.config.positions == "rope":
-            rotation_2BT1R = rotation_table(positions_BT, self.config, x_BTC.dtype)
+        x_BTC = self.embed(tokens_BT, positions_BT, past_tokens + tokens_BT.shape[1])
+        rotation_2BT1R = self.rotation(positions_BT, x_BTC.dtype)
         mask_B1TS = document_mask(documents_BT) if documents_BT is not None else None
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers.children()):
             layer_cache = (cache.layers[index],) if cache is not None else ()
             x_BTC = layer(x_BTC, rotation_2BT1R, mask_B1TS, *layer_cache)
-        x_BTC = self.norm(x_BTC[:, -1:] if last_only else x_BTC)
+        return self.finish(x_BTC[:, -1:] if last_only else x_BTC, targets_BT, row_losses)
+
+    def finish(
+        self, x_BTC: Tensor, targets_BT: Tensor | None, row_losses: RowLosses | None = None
+    ) -> Tensor:
+        """From what the last block gives to the loss, or the logits: see `forward`."""
+        x_BTC = self.norm(x_BTC)
         chunk_tokens = self.config.loss_chunk_tokens
         loss_of = (targets_BT, chunk_tokens, row_losses)
         if self.config.tie_embeddings:
@@ -305,7 +309,18 @@ class Decoder(nn.Module):
         loss: Tensor = self.lm_head(x_BTC, self.output, *loss_of)
         return loss
 
-    def _embed(self, tokens_BT: Tensor, positions_BT: Tensor, end: int) -> Tensor:
+    def rotation(self, positions_BT: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Returns `rotation_table` of the positions, None if the model has others."""
+        if self.config.positions != "rope":
+            return None
+        return rotation_table(positions_BT, self.config, dtype)
+
+    def embed(self, tokens_BT: Tensor, positions_BT: Tensor, end: int) -> Tensor:
+        """Returns what the first block takes, (B, T, C); `end` is the longest row's last position.
+
+        Raises:
+            UserError: positions that are no rotations do not reach `end`.
+        """
         kind, limit = self.config.positions, self.config.seq_len
         if kind != "rope" and end > limit:
             raise UserError(
