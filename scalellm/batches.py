@@ -43,11 +43,15 @@ def micro_batches(
         yield to_device(batch, slice(start, stop), device), stop >= rows
 
 
-def global_targets(batch: data.Batch, device: torch.device) -> int:
-    """Returns the targets of the global batch; ranks that each know their own add them up."""
+def global_targets(batch: data.Batch, device: torch.device, *, counts: bool = True) -> int:
+    """Returns the targets of the global batch; ranks that each know their own add them up.
+
+    Args:
+        counts: whether it is this rank that counts its rows; others may have read the same.
+    """
     if batch.global_target_tokens is not None:
         return batch.global_target_tokens
-    [total] = sum_over_ranks([float(batch.num_targets_B.sum())], device)
+    [total] = sum_over_ranks([float(batch.num_targets_B.sum()) * counts], device)
     return int(total)
 
 

@@ -63,7 +63,7 @@ def evaluate(strategy: Strategy, batches: Iterable[data.Batch]) -> Evaluation:
             for batch in batches:
                 rows = slice(0, len(batch.tokens_BS))
                 loss_sum += float(strategy.forward(to_device(batch, rows, device)))
-                num_tokens += int(batch.num_targets_B.sum())
+                num_tokens += int(batch.num_targets_B.sum()) * strategy.data.counts
     finally:
         strategy.module.train(was_training)
     total, count = sum_over_ranks([loss_sum, float(num_tokens)], device)

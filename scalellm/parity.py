@@ -147,12 +147,12 @@ def train_steps(
 
     `gradients` False leaves the raw ones out: gathering them costs the memory of the whole model.
     """
-    plan = BatchPlan.of(task.global_batch, task.micro_batch, world.world_size)
+    plan = BatchPlan.of(task.global_batch, task.micro_batch, strategy.data.world_size)
     for step in steps:
         tokens, targets = (tensor.to(world.device) for tensor in tokens_of(step, task))
         num_tokens = int((targets != -100).sum())
         loss_sum = 0.0
-        for rows, is_last in _rows(plan, world.rank):
+        for rows, is_last in _rows(plan, strategy.data.rank):
             with strategy.micro_step(is_last):
                 loss = strategy.forward(Batch(tokens[rows], targets[rows]))
                 strategy.backward(loss, num_tokens)

@@ -64,13 +64,13 @@ def _is_chosen(name: str) -> bool:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process with the exit code; a rank without Python's own teardown.
+    """Ends the process with the exit code; one that may be a rank without Python's own teardown.
 
     Gloo's threads let go of the tensors of their last collective a moment after it is done. One
     that needs the interpreter for it while that is taken down ends the process with SIGABRT, after
     all its work (pytorch/pytorch#179291; 3 of 200 processes on a busy machine).
     """
-    if "RANK" not in os.environ:
+    if "torch.distributed" not in sys.modules:
         sys.exit(code)
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:

@@ -19,9 +19,10 @@ from scalellm.config.explain import explain
 from scalellm.dist import World
 from scalellm.errors import ConfigError, did_you_mean
 from scalellm.strategies._state import Piece, StateSource, check_names
-from scalellm.strategies.base import Options, Sharding, StepResult, Strategy
+from scalellm.strategies.base import DataRank, Options, Sharding, StepResult, Strategy
 
 __all__ = [
+    "DataRank",
     "Options",
     "Piece",
     "Sharding",

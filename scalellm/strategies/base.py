@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from scalellm.batches import Batch
-from scalellm.config import BatchPlan, Section, TrainConfig
+from scalellm.config import BatchPlan, ModelConfig, Section, TrainConfig
 from scalellm.dist import World
 from scalellm.strategies._loss_scale import LossScale
 from scalellm.strategies._norm import norm_of
@@ -41,6 +41,18 @@ class StepResult:
 
     grad_norm: float
     skipped: bool
+
+
+@dataclass(frozen=True)
+class DataRank:
+    """Which of a global batch's rows a rank reads: part `rank` of `world_size`.
+
+    Ranks that read the same rows work on them together; one of them, `counts`, counts them.
+    """
+
+    rank: int
+    world_size: int
+    counts: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,7 @@ class Strategy:
         self.world = world
         self.train = train
         self.options = options
+        self.data = self.data_rank(options, world)
         self.loss_scale = LossScale(enabled=train.precision == "fp16")
         # What to multiply a local gradient's scale by, for backends that average over ranks.
         self.gradient_scale = 1.0
@@ -83,6 +96,24 @@ class Strategy:
         `world` may be one that is about to be started; its device is not known then.
         """
         del options, world, train
+
+    @classmethod
+    def check_model(
+        cls,
+        options: Options,
+        world: World,
+        train: TrainConfig,
+        model: ModelConfig,
+        plan: BatchPlan,
+    ) -> None:
+        """Refuses a model or a split of the batch that these options cannot train; as `check`."""
+        del options, world, train, model, plan
+
+    @classmethod
+    def data_rank(cls, options: Options, world: World) -> DataRank:
+        """The rows this rank reads; every rank has its own, unless ranks share a model's work."""
+        del options
+        return DataRank(world.rank, world.world_size)
 
     @classmethod
     def sharding(cls, options: Options, world: World, train: TrainConfig) -> Sharding:
@@ -145,7 +176,10 @@ class Strategy:
         return nullcontext()
 
     def forward(self, batch: Batch) -> Tensor:
-        """Returns the sum of the micro-batch's token losses, in nats."""
+        """Returns this rank's share of the sum of the micro-batch's token losses, in nats.
+
+        The shares of all ranks add up to the loss of the global batch, once `backward` is done.
+        """
         autocast = _AUTOCAST.get(self.train.precision)
         wanted = {} if batch.row_losses is None else {"row_losses": batch.row_losses}
         with torch.autocast(self.world.device.type, dtype=autocast, enabled=autocast is not None):

@@ -99,7 +99,10 @@ def check_config(config: Config, world: World) -> tuple[strategies.Options, Batc
     """Raises ConfigError if this world cannot run this config; allocates and starts nothing."""
     strategy_class = strategies.resolve(config.strategy.name)
     options = strategies.parse_options(config.strategy, strategy_class, world, config.train)
-    return options, config.batches(world.world_size)
+    data_rank = strategy_class.data_rank(options, world)
+    plan = config.batches(data_rank.world_size)
+    strategy_class.check_model(options, world, config.train, config.model, plan)
+    return options, plan
 
 
 def _build(
@@ -133,7 +136,7 @@ def _build(
         strategy=strategy,
         stream=iter(()),
         micro_batch_size=plan.micro_batch_size,
-        evaluate=make_evaluator(config, world, strategy, plan, mixture),
+        evaluate=make_evaluator(config, strategy, plan, mixture),
         save=functools.partial(save_run, folder, saver),
         finish_copying=saver.wait_for_copy,
         finish_saving=saver.wait,
@@ -144,13 +147,13 @@ def _build(
         guard=NonFiniteGuard(config.train.max_nonfinite_steps),
         session=session,
         profiler=Profiler(config, world),
-        sources=SourceMeter(mixture),
+        sources=SourceMeter(mixture, counts=strategy.data.counts),
         memory=memory,
     )
     stack.callback(run.profiler.close)
     if source is not None:
         load_run_state(run, source, mixture, folder)
-    stream = open_stream(config, world, mixture, run.cursor)
+    stream = open_stream(config, strategy.data, mixture, run.cursor)
     stack.callback(stream.close)
     run.stream = iter(stream)
     together(lambda: _open_folder(run, folder, mixture, source), world, main_only=True)
@@ -196,12 +199,14 @@ def _announce(
         return
     config = run.config
     samples = config.train.global_batch_size
+    readers = "ranks" if plan.world_size == world.world_size else "groups of ranks"
+    factors = f"{plan.world_size} x {plan.micro_batch_size} x {plan.grad_accumulation}"
     print(
         f"{config.strategy.name}: {world.describe()}\n"
         f"model: {count_parameters(config.model):,} parameters, {config.train.precision}\n"
         f"data: {mixture.num_tokens:,} tokens in {config.data.where}\n"
-        f"step: {samples} samples of {config.model.seq_len} tokens = {world.world_size} x "
-        f"{plan.micro_batch_size} x {plan.grad_accumulation} (ranks x micro-batch x accumulation)"
+        f"step: {samples} samples of {config.model.seq_len} tokens = {factors} "
+        f"({readers} x micro-batch x accumulation)"
     )
     if source is not None:
         print(f"resumed from {source.path}")

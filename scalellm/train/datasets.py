@@ -10,11 +10,10 @@ import torch
 from scalellm import data
 from scalellm.batches import Batch
 from scalellm.config import ALONE, BatchPlan, Config
-from scalellm.dist import World
 from scalellm.errors import ConfigError
 from scalellm.evaluate import Evaluation, evaluate
 from scalellm.model import IGNORED_TARGET
-from scalellm.strategies import Strategy
+from scalellm.strategies import DataRank, Strategy
 
 TRAIN, VALIDATION = "train", "validation"
 
@@ -50,7 +49,7 @@ def open_mixture(config: Config) -> data.Mixture:
 
 
 def open_stream(
-    config: Config, world: World, mixture: data.Mixture, cursor: data.Cursor | None
+    config: Config, data_rank: DataRank, mixture: data.Mixture, cursor: data.Cursor | None
 ) -> Stream:
     """Opens this rank's stream of batches, after `cursor`."""
     make: Callable[..., Stream]
@@ -62,8 +61,8 @@ def open_stream(
         make = functools.partial(data.MixedStream, mixture)
     return make(
         global_batch_size=config.train.global_batch_size,
-        rank=world.rank,
-        world_size=world.world_size,
+        rank=data_rank.rank,
+        world_size=data_rank.world_size,
         seed=config.run.seed,
         lanes=config.data.lanes,
         document_mask=config.data.document_mask,
@@ -88,7 +87,7 @@ def with_vocabulary(config: Config, mixture: data.Mixture) -> Config:
 
 
 def make_evaluator(
-    config: Config, world: World, strategy: Strategy, plan: BatchPlan, mixture: data.Mixture
+    config: Config, strategy: Strategy, plan: BatchPlan, mixture: data.Mixture
 ) -> Callable[[], Evaluation] | None:
     """Returns what measures the validation loss, or None if no dataset has such a split."""
     datasets = {
@@ -109,8 +108,8 @@ def make_evaluator(
             dataset,
             seq_len=config.model.seq_len,
             batch_size=config.eval.batch_size or plan.micro_batch_size,
-            rank=world.rank,
-            world_size=world.world_size,
+            rank=strategy.data.rank,
+            world_size=strategy.data.world_size,
             document_mask=config.data.document_mask,
             limit_samples=config.eval.max_samples,
         )
@@ -128,19 +127,24 @@ class SourceMeter:
         tokens: targets so far by dataset, of all ranks.
     """
 
-    def __init__(self, mixture: data.Mixture) -> None:
+    def __init__(self, mixture: data.Mixture, *, counts: bool = True) -> None:
+        self._counts = counts
         is_one = mixture.is_plain or mixture.names == (ALONE,)
         self._names = () if is_one else mixture.names
         self.tokens = dict.fromkeys(self._names, 0)
         self._sums_2S = torch.zeros(2, len(self._names), dtype=torch.float64)
 
     def add(self, batch: Batch) -> None:
-        """Adds a micro-batch of which the loss was computed."""
-        if batch.row_losses is None or batch.row_losses.losses_B is None:
+        """Adds a micro-batch of which the loss was computed, here or by ranks with the same rows.
+
+        The losses of such ranks are shares, as those of `Strategy.forward`; one of them counts.
+        """
+        if batch.row_losses is None or batch.sources_B is None:
             return
-        assert batch.sources_B is not None
-        counts_B = (batch.targets_BT != IGNORED_TARGET).sum(1)
-        rows_2B = torch.stack([batch.row_losses.losses_B.double(), counts_B.double()])
+        counts_B = (batch.targets_BT != IGNORED_TARGET).sum(1).double() * self._counts
+        losses_B = batch.row_losses.losses_B
+        losses_B = torch.zeros_like(counts_B) if losses_B is None else losses_B.double()
+        rows_2B = torch.stack([losses_B, counts_B])
         self._sums_2S = self._sums_2S.to(rows_2B.device).index_add(1, batch.sources_B, rows_2B)
 
     def state(self) -> list[int]:

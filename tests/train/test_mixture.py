@@ -16,9 +16,10 @@ from scalellm.cli import main
 from scalellm.config import load_config, parse_config
 from scalellm.data import TokenDataset, shares
 from scalellm.data.prepare import PrepareOptions, prepare
-from scalellm.dist import World
+
 from scalellm.errors import ConfigError, DataError
 from scalellm.metrics import read_rows
+from scalellm.strategies import DataRank
 from scalellm.report import draw_loss
 from scalellm.train import run_training
 from scalellm.train.datasets import open_mixture, open_stream
@@ -203,7 +204,7 @@ def test_a_stage_may_make_the_first_samples_short(mixed: Values) -> None:
     mixture = open_mixture(config)
     assert [(stage.start_row, stage.seq_len) for stage in mixture.stages] == [(0, 8), (24, 32)]
     assert mixture.stages[0].units == tuple(shares(WEIGHTS).values()) == (3072, 1024)
-    with open_stream(config, World(), mixture, None) as stream:
+    with open_stream(config, DataRank(0, 1), mixture, None) as stream:
         lengths = [batch.tokens_BS.shape for batch, _ in itertools.islice(stream, 5)]
     assert lengths == [(8, 9)] * 3 + [(8, 33)] * 2
 
