@@ -48,6 +48,12 @@ def _zero(stage: int, name: str = "deepspeed", **options: Any) -> Variant:
     return Variant(name, options, "fp32")
 
 
+def _mesh(**sizes: int) -> Variant:
+    """What is left of the ranks are replicas."""
+    least = math.prod(sizes.values())
+    return Variant("parallel", {"mesh": sizes}, worlds=tuple(n for n in (2, 4) if n % least == 0))
+
+
 VARIANTS = {
     "single": Variant("single", worlds=(1,)),
     "ddp": Variant("ddp"),
@@ -63,6 +69,11 @@ VARIANTS = {
     "deepspeed-2-offload": _zero(2, offload_optimizer="cpu"),
     "deepspeed-3-offload": _zero(3, offload_optimizer="cpu"),
     "deepspeed-3-offload-both": _zero(3, offload_optimizer="cpu", offload_param="cpu"),
+    "tp": _mesh(tp=2),
+    "tp-whole-rows": Variant(
+        "parallel", {"mesh": {"tp": 2}, "sequence_parallel": False}, worlds=(2, 4)
+    ),
+    "tp-fsdp": _mesh(tp=2, fsdp=2),
     "accelerate-ddp": Variant("accelerate", {"backend": "ddp"}, "fp32"),
     "accelerate-deepspeed": _zero(2, "accelerate", backend="deepspeed"),
 }

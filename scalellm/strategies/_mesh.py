@@ -114,25 +114,23 @@ class Mesh:
         return cls(size, place_of(world.rank, size), groups, shards, sums)
 
 
+def refuse_training(options: ParallelOptions, size: dict[str, int], train: TrainConfig) -> None:
+    """Raises ConfigError for a way of training that the mesh does not go with."""
+    if train.compile:
+        raise ConfigError("todo")
+
+
 def refuse(
-    options: ParallelOptions,
-    size: dict[str, int],
-    train: TrainConfig,
-    model: ModelConfig,
-    plan: BatchPlan,
+    options: ParallelOptions, size: dict[str, int], model: ModelConfig, plan: BatchPlan
 ) -> None:
     """Raises ConfigError for the first thing about the model or its rows that cannot be divided."""
-    problem = next(_problems(options, size, train, model, plan), None)
+    problem = next(_problems(options, size, model, plan), None)
     if problem is not None:
         raise ConfigError(problem)
 
 
 def _problems(
-    options: ParallelOptions,
-    size: dict[str, int],
-    train: TrainConfig,
-    model: ModelConfig,
-    plan: BatchPlan,
+    options: ParallelOptions, size: dict[str, int], model: ModelConfig, plan: BatchPlan
 ) -> Iterator[str]:
     tp, cp = size["tp"], size["cp"]
     for name, heads in (("num_heads", model.num_heads), ("num_kv_heads", model.kv_heads)):

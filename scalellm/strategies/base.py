@@ -28,7 +28,7 @@ from scalellm.strategies._transforms import apply_transforms, canonical_fqn
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 MakeOptimizer = Callable[[NamedParameters], torch.optim.Optimizer]
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Options(Section):
@@ -156,8 +156,8 @@ class Strategy:
         """Gives every parameter its initial value, one whole value at a time."""
         parameters = dict(model.named_parameters())
         for name, value in cast(Any, model).initial_weights():
-            local, offsets = self.part_of(parameters[name])
-            local.copy_(value[_slices(offsets, local)])
+            local, begin = self.part_of(parameters[name])[0], self.begin_of(parameters[name])
+            local.copy_(value[slices(begin, local)])
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Returns the module whose forward the loop calls."""
@@ -180,7 +180,7 @@ class Strategy:
 
         The shares of all ranks add up to the loss of the global batch, once `backward` is done.
         """
-        autocast = _AUTOCAST.get(self.train.precision)
+        autocast = AUTOCAST.get(self.train.precision)
         wanted = {} if batch.row_losses is None else {"row_losses": batch.row_losses}
         with torch.autocast(self.world.device.type, dtype=autocast, enabled=autocast is not None):
             loss_sum: Tensor = self.module(
@@ -269,13 +269,21 @@ class Strategy:
         """What this rank holds of a parameter, gradient or moment, and where that begins."""
         return tensor, (0,) * tensor.dim()
 
+    def begin_of(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """Where what this rank holds of a parameter begins in the whole of it."""
+        return self.part_of(parameter.detach())[1]
+
+    def shape_of(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """The shape of the whole of a parameter."""
+        return tuple(parameter.shape)
+
     def whole(self, tensor: Tensor) -> Tensor:
         """The opposite of `part_of`: gathers a tensor of which every rank holds a part."""
         return tensor
 
     def updated_part(self, parameter: nn.Parameter) -> tuple[nn.Parameter, tuple[int, ...]]:
         """What the optimizer knows the parameter by, and where what this rank updates begins."""
-        return parameter, self.part_of(parameter.detach())[1]
+        return parameter, self.begin_of(parameter)
 
     def writes(self, index: int) -> bool:
         """Whether this rank saves its part of parameter `index`; replicas share the work."""
@@ -290,7 +298,7 @@ class Strategy:
             if not self.writes(index):
                 continue
             updated, offsets = self.updated_part(parameter)
-            local, shape = self.part_of(updated.detach())[0], tuple(parameter.shape)
+            local, shape = self.part_of(updated.detach())[0], self.shape_of(parameter)
             if local.numel():
                 yield Piece(f"model.{name}", local, shape, offsets)
             for key, value in sorted(self.optimizer.state.get(updated, {}).items()):
@@ -310,10 +318,10 @@ class Strategy:
             CheckpointError: names or shapes are not this model's; nothing was changed then.
         """
         parameters = dict(self.named_parameters())
-        check_names({name: tuple(p.shape) for name, p in parameters.items()}, source)
+        self.check_names(parameters, source)
         with torch.no_grad():
             for name, parameter in parameters.items():
-                self._read_into(parameter, source, f"model.{name}")
+                self._read_into(parameter, source, f"model.{name}", self.begin_of(parameter))
                 updated, offsets = self.updated_part(parameter)
                 if f"optim.{name}.step" not in source.names() or not updated.numel():
                     self.optimizer.state.pop(updated, None)
@@ -327,12 +335,16 @@ class Strategy:
                 state["step"] = step.to(parameter.device) if fused else step
                 self.optimizer.state[updated] = state
 
+    def check_names(self, parameters: dict[str, nn.Parameter], source: StateSource) -> None:
+        """Raises CheckpointError if the checkpoint is not of this model."""
+        check_names({name: self.shape_of(p) for name, p in parameters.items()}, source)
+
     def _read_into(
-        self, tensor: Tensor, source: StateSource, name: str, begin: tuple[int, ...] | None = None
+        self, tensor: Tensor, source: StateSource, name: str, begin: tuple[int, ...]
     ) -> None:
-        local, offsets = self.part_of(tensor.detach())
+        local, _ = self.part_of(tensor.detach())
         if local.numel():
-            local.copy_(source.read(name, offsets if begin is None else begin, tuple(local.shape)))
+            local.copy_(source.read(name, begin, tuple(local.shape)))
 
     def memory(self) -> dict[str, int]:
         """Bytes this rank holds between steps: parameters and optimizer; gradients in the step."""
@@ -355,6 +367,6 @@ def is_meta(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
 
 
-def _slices(offsets: tuple[int, ...], part: Tensor) -> tuple[slice, ...]:
+def slices(offsets: tuple[int, ...], part: Tensor) -> tuple[slice, ...]:
     pairs = zip(offsets, part.shape, strict=True)
     return tuple(slice(start, start + size) for start, size in pairs)

@@ -220,7 +220,7 @@ class DeepSpeed(Strategy):
                     flat, start, stop = _own_part(parameter)
                     read_flat(source, f"model.{name}", flat, _shape_of(parameter), start, stop)
                 else:
-                    self._read_into(parameter, source, f"model.{name}")
+                    self._read_into(parameter, source, f"model.{name}", self.begin_of(parameter))
 
     def _frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.named_parameters() if not p.requires_grad)

@@ -1,0 +1,250 @@
+"""`parallel`: tensor, pipeline and context parallelism beside replicas and shards, on one mesh.
+
+Each kind acts on the decoder from outside and knows nothing of the others (`_tensor.py`,
+`_pipeline.py`, `_context.py`; shards are FSDP2's); this file puts them together. Sources: Shoeybi
+et al. 2019 and Narayanan et al. 2021, "Megatron-LM"; Liu et al. 2024, "Ring Attention", for
+dividing rows; Grattafiori et al. 2024, "The Llama 3 Herd of Models", section 3.3, for all at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.distributed as tdist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from scalellm.batches import Batch
+from scalellm.config import BatchPlan, ModelConfig, TrainConfig
+from scalellm.dist import World, sum_over_ranks
+from scalellm.model import Decoder
+from scalellm.strategies._mesh import (
+    Mesh,
+    ParallelOptions,
+    place_of,
+    refuse,
+    refuse_training,
+    sizes,
+)
+from scalellm.strategies._norm import norm_of
+from scalellm.strategies._part import Part
+from scalellm.strategies._state import StateSource, check_names
+from scalellm.strategies._sums import sum_gradients
+from scalellm.strategies._tensor import Cut, TensorGroup, divide, partial_sums
+from scalellm.strategies._transforms import apply_transforms, canonical_fqn
+from scalellm.strategies.base import (
+    AUTOCAST,
+    DataRank,
+    MakeOptimizer,
+    Options,
+    Sharding,
+    Strategy,
+    is_meta,
+    slices,
+)
+
+
+class Parallel(Strategy):
+    options_class = ParallelOptions
+    needs_process_group = True
+
+    @classmethod
+    def check(cls, options: Options, world: World, train: TrainConfig) -> None:
+        options = cast(ParallelOptions, options)
+        refuse_training(options, sizes(options.mesh, world.world_size), train)
+
+    @classmethod
+    def check_model(
+        cls,
+        options: Options,
+        world: World,
+        train: TrainConfig,
+        model: ModelConfig,
+        plan: BatchPlan,
+    ) -> None:
+        options = cast(ParallelOptions, options)
+        refuse(options, sizes(options.mesh, world.world_size), model, plan)
+
+    @classmethod
+    def data_rank(cls, options: Options, world: World) -> DataRank:
+        size = sizes(cast(ParallelOptions, options).mesh, world.world_size)
+        place = place_of(world.rank, size)
+        counts = not (place["pp"] or place["cp"] or place["tp"])
+        rank = place["dp"] * size["fsdp"] + place["fsdp"]
+        return DataRank(rank, size["dp"] * size["fsdp"], counts)
+
+    @classmethod
+    def sharding(cls, options: Options, world: World, train: TrainConfig) -> Sharding:
+        size = sizes(cast(ParallelOptions, options).mesh, world.world_size)
+        ranks = size["pp"] * size["tp"] * (size["fsdp"] * size["cp"] if size["fsdp"] > 1 else 1)
+        return Sharding(ranks, ranks, ranks)
+
+    # -- building ---------------------------------------------------------------------------
+
+    def setup(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        options = cast(ParallelOptions, self.options)
+        self.mesh = Mesh.make(options, self.world)
+        dtype = torch.float64 if self.train.precision == "fp64" else None
+        decoder = cast(Decoder, model).to(dtype=dtype)
+        # A model that has its weights already gives them up, one after the other.
+        given = None if is_meta(decoder) else {n: p.detach() for n, p in decoder.named_parameters()}
+        decoder = decoder.to("meta")
+        self._shapes = {name: tuple(p.shape) for name, p in decoder.named_parameters()}
+        values = given.items() if given is not None else _initial_weights(decoder)
+        self._tensor = self._tensor_group(options)
+        self._cuts: dict[str, Cut] = {}
+        parts = [self._build(part) for part in self._parts(decoder)]
+        self.model = self.module = parts[0]
+        self._names = {p: name for name, p in self.named_parameters()}
+        self._fill_with(values)
+        self.optimizer = make_optimizer(self.named_parameters())
+
+    def _tensor_group(self, options: ParallelOptions) -> TensorGroup | None:
+        tp = self.mesh.size["tp"]
+        if tp == 1:
+            return None
+        rank, sequence = self.mesh.place["tp"], options.sequence_parallel
+        return TensorGroup(self.mesh.groups["tp"], rank, tp, divides_tokens=sequence)
+
+    def _parts(self, decoder: Decoder) -> list[Part]:
+        return [Part(decoder)]
+
+    def _build(self, part: Part) -> Part:
+        if self._tensor is not None:
+            self._cuts |= divide(part.module, self._tensor)
+        apply_transforms(part.module, self.train)
+        part.autocast = AUTOCAST.get(self.train.precision)
+        if self.mesh.shards is not None:
+            self._shard(part)
+        return part.to_empty(device=self.world.device)
+
+    def _shard(self, part: Part) -> None:
+        arguments: dict[str, Any] = {"mesh": self.mesh.shards}
+        for block in part.module.get_submodule("layers").children():
+            fully_shard(block, **arguments)
+        fully_shard(part, **arguments)
+
+    @torch.no_grad()
+    def _fill_with(self, values: Any) -> None:
+        mine = dict(self.named_parameters())
+        for name, value in values:
+            if name in mine:
+                local, begin = self.part_of(mine[name])[0], self.begin_of(mine[name])
+                local.copy_(value[slices(begin, local)])
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self.module.named_parameters():
+            yield canonical_fqn(name), parameter
+
+    # -- one optimizer step -----------------------------------------------------------------
+
+    @contextmanager
+    def micro_step(self, is_last: bool) -> Iterator[None]:
+        self._is_last = is_last
+        yield
+
+    def forward(self, batch: Batch) -> Tensor:
+        wanted = {} if batch.row_losses is None else {"row_losses": batch.row_losses}
+        loss_sum: Tensor = self.module(
+            batch.tokens_BT,
+            batch.targets_BT,
+            positions_BT=batch.positions_BT,
+            documents_BT=batch.documents_BT,
+            **wanted,
+        )
+        if batch.row_losses is not None and batch.row_losses.losses_B is not None:
+            batch.row_losses.losses_B /= self.mesh.size["tp"]
+        return loss_sum / self.mesh.size["tp"]  # each rank of the group has the whole of it
+
+    def backward(self, loss_sum: Tensor, global_tokens: int) -> None:
+        self.gradient_scale = float(self.mesh.size["tp"])
+        if self.mesh.shards is not None:  # FSDP averages; the loss wants a sum
+            self.gradient_scale *= self.mesh.shards.size()
+        super().backward(loss_sum, global_tokens)
+        if self._is_last:
+            self._finish_gradients()
+
+    def _finish_gradients(self) -> None:
+        """Adds what other ranks have of this rank's gradients."""
+        self.fill_missing_gradients()
+        bucket_bytes = cast(ParallelOptions, self.options).bucket_mb << 20
+        if self._tensor is not None:
+            partial = partial_sums(self.module, self._tensor)
+            sum_gradients(map(self._gradient, partial), self._tensor.group, bucket_bytes)
+        if self.mesh.sums is not None:
+            everything = (self._gradient(parameter) for _, parameter in self.named_parameters())
+            sum_gradients(everything, self.mesh.sums, bucket_bytes)
+
+    def _gradient(self, parameter: nn.Parameter) -> Tensor:
+        return self.part_of(cast(Tensor, parameter.grad))[0]
+
+    def grad_norm(self) -> float:
+        """Each rank sums the squares it holds; of replicas only the first counts."""
+        mine = [self._gradient(p) for _, p in self.named_parameters() if self._counts(p)]
+        local = norm_of(mine) if mine else 0.0
+        [squares] = sum_over_ranks([local * local], self.world.device)
+        return math.sqrt(squares) if squares >= 0 else math.nan
+
+    def _counts(self, parameter: nn.Parameter) -> bool:
+        """Whether this rank is the first of those that hold the same of a parameter."""
+        place, names = self.mesh.place, {"dp"}
+        if self.mesh.shards is None:
+            names |= {"fsdp", "cp"}
+        if self._names[parameter] not in self._cuts:
+            names |= {"tp"}
+        return not any(place[name] for name in names)
+
+    # -- state ------------------------------------------------------------------------------
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """Every rank puts what it counts into zeros, which are summed."""
+        self.fill_missing_gradients()
+        dtype = torch.float64 if self.train.precision == "fp64" else torch.float32
+        whole = {
+            name: torch.zeros(shape, dtype=dtype, device=self.world.device)
+            for name, shape in self._shapes.items()
+        }
+        for name, parameter in self.named_parameters():
+            if self._counts(parameter):
+                gradient = self._gradient(parameter) / self.loss_scale.value
+                whole[name][slices(self.begin_of(parameter), gradient)] = gradient
+        for tensor in whole.values():
+            tdist.all_reduce(tensor)
+        return {name: tensor.cpu() for name, tensor in whole.items()}
+
+    def part_of(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        if not isinstance(tensor, DTensor):
+            return super().part_of(tensor)
+        _, offsets = compute_local_shape_and_global_offset(
+            tensor.shape, tensor.device_mesh, tensor.placements
+        )
+        return tensor.to_local(), offsets
+
+    def begin_of(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        begin, cut = super().begin_of(parameter), self._cuts.get(self._names[parameter])
+        if cut is None:
+            return begin
+        return tuple(at + cut.begin * (dim == cut.dim) for dim, at in enumerate(begin))
+
+    def shape_of(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        return self._shapes[self._names[parameter]]
+
+    def writes(self, index: int) -> bool:
+        return self._counts(list(self._names)[index])
+
+    def check_names(self, parameters: dict[str, nn.Parameter], source: StateSource) -> None:
+        del parameters  # of this rank's stage; the checkpoint is of the whole model
+        check_names(self._shapes, source)
+
+
+def _initial_weights(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """The same draws as of the whole model, which this one will soon be a part of."""
+    with torch.device("meta"):
+        whole = Decoder(decoder.config)
+    return whole.initial_weights()
