@@ -115,9 +115,28 @@ class Mesh:
 
 
 def refuse_training(options: ParallelOptions, size: dict[str, int], train: TrainConfig) -> None:
-    """Raises ConfigError for a way of training that the mesh does not go with."""
-    if train.compile:
-        raise ConfigError("todo")
+    """Raises ConfigError for a way of training, or an option, that the mesh does not go with."""
+    problem = next(_training_problems(options, size, train), None)
+    if problem is not None:
+        raise ConfigError(problem)
+
+
+def _training_problems(
+    options: ParallelOptions, size: dict[str, int], train: TrainConfig
+) -> Iterator[str]:
+    if train.compile and train.compile_scope == "model":
+        yield (
+            "train.compile_scope=model makes one graph of all blocks, but parallel calls a "
+            "decoder's parts one by one; use train.compile_scope=parts"
+        )
+    defaults = ParallelOptions()
+    for name, dim in (("schedule", "pp"), ("stages_per_rank", "pp"), ("context", "cp")):
+        value = getattr(options, name)
+        if size[dim] == 1 and value != getattr(defaults, name):
+            yield (
+                f"strategy.{name}={value} is for strategy.mesh.{dim} of 2 or more, here it is 1 "
+                "and would do nothing; leave it out"
+            )
 
 
 def refuse(

@@ -11,7 +11,7 @@ Shapes: B batch, T tokens of a row, t of them on this rank, C features, V words,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -78,17 +78,12 @@ def divide(decoder: Decoder, ranks: TensorGroup) -> dict[str, Cut]:
     return cuts
 
 
-def partial_sums(decoder: nn.Module, ranks: TensorGroup) -> list[nn.Parameter]:
-    """Whole parameters whose gradient each rank has of its own tokens only, if it has a part."""
-    if not ranks.divides_tokens:
-        return []
-    return [
-        parameter
-        for module in decoder.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if isinstance(module, (nn.RMSNorm, nn.LayerNorm))
-        or (isinstance(module, SummedLinear) and name == "bias")
-    ]
+def has_partial_gradient(name: str, cuts: Collection[str], ranks: TensorGroup) -> bool:
+    """Whether a rank has a parameter's gradient of its own tokens only.
+
+    Where tokens are divided that is what is whole and stands between the embedding and the loss.
+    """
+    return ranks.divides_tokens and name not in cuts and name.startswith(("layers.", "norm."))
 
 
 def _cut_module(

@@ -36,10 +36,9 @@ from scalellm.strategies._norm import norm_of
 from scalellm.strategies._part import Part
 from scalellm.strategies._state import StateSource, check_names
 from scalellm.strategies._sums import sum_gradients
-from scalellm.strategies._tensor import Cut, TensorGroup, divide, partial_sums
+from scalellm.strategies._tensor import Cut, TensorGroup, divide, has_partial_gradient
 from scalellm.strategies._transforms import apply_transforms, canonical_fqn
 from scalellm.strategies.base import (
-    AUTOCAST,
     DataRank,
     MakeOptimizer,
     Options,
@@ -112,23 +111,19 @@ class Parallel(Strategy):
         rank, sequence = self.mesh.place["tp"], options.sequence_parallel
         return TensorGroup(self.mesh.groups["tp"], rank, tp, divides_tokens=sequence)
 
-    def _parts(self, decoder: Decoder) -> list[Part]:
-        return [Part(decoder)]
+    def _parts(self, decoder: Decoder) -> list[nn.Module]:
+        return [decoder]
 
-    def _build(self, part: Part) -> Part:
+    def _build(self, part: nn.Module) -> nn.Module:
+        decoder = cast(Decoder, part.module if isinstance(part, Part) else part)
         if self._tensor is not None:
-            self._cuts |= divide(part.module, self._tensor)
-        apply_transforms(part.module, self.train)
-        part.autocast = AUTOCAST.get(self.train.precision)
+            self._cuts |= divide(decoder, self._tensor)
+        apply_transforms(decoder, self.train)
         if self.mesh.shards is not None:
-            self._shard(part)
+            for block in decoder.get_submodule("layers").children():
+                fully_shard(block, mesh=self.mesh.shards)
+            fully_shard(part, mesh=self.mesh.shards)
         return part.to_empty(device=self.world.device)
-
-    def _shard(self, part: Part) -> None:
-        arguments: dict[str, Any] = {"mesh": self.mesh.shards}
-        for block in part.module.get_submodule("layers").children():
-            fully_shard(block, **arguments)
-        fully_shard(part, **arguments)
 
     @torch.no_grad()
     def _fill_with(self, values: Any) -> None:
@@ -150,14 +145,7 @@ class Parallel(Strategy):
         yield
 
     def forward(self, batch: Batch) -> Tensor:
-        wanted = {} if batch.row_losses is None else {"row_losses": batch.row_losses}
-        loss_sum: Tensor = self.module(
-            batch.tokens_BT,
-            batch.targets_BT,
-            positions_BT=batch.positions_BT,
-            documents_BT=batch.documents_BT,
-            **wanted,
-        )
+        loss_sum = super().forward(batch)
         if batch.row_losses is not None and batch.row_losses.losses_B is not None:
             batch.row_losses.losses_B /= self.mesh.size["tp"]
         return loss_sum / self.mesh.size["tp"]  # each rank of the group has the whole of it
@@ -175,8 +163,12 @@ class Parallel(Strategy):
         self.fill_missing_gradients()
         bucket_bytes = cast(ParallelOptions, self.options).bucket_mb << 20
         if self._tensor is not None:
-            partial = partial_sums(self.module, self._tensor)
-            sum_gradients(map(self._gradient, partial), self._tensor.group, bucket_bytes)
+            partial = (
+                self._gradient(parameter)
+                for name, parameter in self.named_parameters()
+                if has_partial_gradient(name, self._cuts, self._tensor)
+            )
+            sum_gradients(partial, self._tensor.group, bucket_bytes)
         if self.mesh.sums is not None:
             everything = (self._gradient(parameter) for _, parameter in self.named_parameters())
             sum_gradients(everything, self.mesh.sums, bucket_bytes)
