@@ -140,8 +140,14 @@ class SelfAttention(nn.Module):
         k_BGSD = k_BTGD.transpose(1, 2)
         if cache is not None:
             k_BGSD, v_BGSD = cache.append(k_BGSD, v_BGSD)
-        y_BHTD = attend(q_BTHD.transpose(1, 2), k_BGSD, v_BGSD, mask_B1TS, self.kernel)
+        y_BHTD = self.mix(q_BTHD.transpose(1, 2), k_BGSD, v_BGSD, mask_B1TS)
         return self.o_proj(y_BHTD.transpose(1, 2).flatten(2))
+
+    def mix(
+        self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_B1TS: Tensor | None
+    ) -> Tensor:
+        """`attend`: a seam for strategies in which a rank has only some of a row's positions."""
+        return attend(q_BHTD, k_BGSD, v_BGSD, mask_B1TS, self.kernel)
 
 
 class MLP(nn.Module):
