@@ -74,6 +74,11 @@ VARIANTS = {
         "parallel", {"mesh": {"tp": 2}, "sequence_parallel": False}, worlds=(2, 4)
     ),
     "tp-fsdp": _mesh(tp=2, fsdp=2),
+    "cp": _mesh(cp=2),
+    "cp-4": _mesh(cp=4),
+    "cp-ulysses": Variant("parallel", {"mesh": {"cp": 2}, "context": "ulysses"}, worlds=(2, 4)),
+    "cp-fsdp": _mesh(cp=2, fsdp=2),
+    "cp-tp": _mesh(cp=2, tp=2),
     "accelerate-ddp": Variant("accelerate", {"backend": "ddp"}, "fp32"),
     "accelerate-deepspeed": _zero(2, "accelerate", backend="deepspeed"),
 }

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from scalellm.config import BatchPlan, ModelConfig, Section, TrainConfig, setting
 from scalellm.dist import World
 from scalellm.errors import ConfigError
+from scalellm.strategies._context import check_context
 from scalellm.strategies.base import Options
 
 DIMS = ("pp", "dp", "fsdp", "cp", "tp")
@@ -164,6 +165,10 @@ def _problems(
             f"model.seq_len={model.seq_len} tokens is no multiple of that; use "
             f"{_multiple(model.seq_len, tp * cp)}, or set it to false"
         )
+    try:
+        check_context(model, cp, options.context, tp)
+    except ConfigError as error:
+        yield str(error)
     if tp > 1 and model.loss_chunk_tokens:
         yield (
             f"model.loss_chunk_tokens={model.loss_chunk_tokens} needs the whole output matrix on "

@@ -22,7 +22,7 @@ class Part(nn.Module):
         super().__init__()
         self.module = decoder
         self.is_first, self.is_last = is_first, is_last
-        self.autocast: torch.dtype | None = None
+        self.autocast: torch.dtype | None = None  # of a part that a pipeline calls
 
     def forward(
         self,

@@ -180,8 +180,13 @@ class Strategy:
 
         The shares of all ranks add up to the loss of the global batch, once `backward` is done.
         """
+        return self.call_module(batch)
+
+    def call_module(self, batch: Batch, **wanted: Any) -> Tensor:
+        """Returns what the module says to a micro-batch, and to `wanted` beside it."""
         autocast = AUTOCAST.get(self.train.precision)
-        wanted = {} if batch.row_losses is None else {"row_losses": batch.row_losses}
+        if batch.row_losses is not None:
+            wanted["row_losses"] = batch.row_losses
         with torch.autocast(self.world.device.type, dtype=autocast, enabled=autocast is not None):
             loss_sum: Tensor = self.module(
                 batch.tokens_BT,

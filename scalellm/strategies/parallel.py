@@ -23,7 +23,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from scalellm.batches import Batch
 from scalellm.config import BatchPlan, ModelConfig, TrainConfig
 from scalellm.dist import World, sum_over_ranks
+from scalellm.errors import ConfigError
 from scalellm.model import Decoder
+from scalellm.strategies._context import Context
+from scalellm.strategies._context import apply as apply_context
 from scalellm.strategies._mesh import (
     Mesh,
     ParallelOptions,
@@ -97,6 +100,7 @@ class Parallel(Strategy):
         self._shapes = {name: tuple(p.shape) for name, p in decoder.named_parameters()}
         values = given.items() if given is not None else _initial_weights(decoder)
         self._tensor = self._tensor_group(options)
+        self._context = self._context_group(options)
         self._cuts: dict[str, Cut] = {}
         parts = [self._build(part) for part in self._parts(decoder)]
         self.model = self.module = parts[0]
@@ -111,13 +115,25 @@ class Parallel(Strategy):
         rank, sequence = self.mesh.place["tp"], options.sequence_parallel
         return TensorGroup(self.mesh.groups["tp"], rank, tp, divides_tokens=sequence)
 
+    def _context_group(self, options: ParallelOptions) -> Context | None:
+        cp = self.mesh.size["cp"]
+        if cp == 1:
+            return None
+        return Context(self.mesh.groups["cp"], self.mesh.place["cp"], cp, options.context)
+
     def _parts(self, decoder: Decoder) -> list[nn.Module]:
-        return [decoder]
+        if self._context is None:
+            return [decoder]
+        if type(decoder).forward is not Decoder.forward:
+            raise ConfigError(_OWN_FORWARD.format(name=type(decoder).__name__))
+        return [Part(decoder)]
 
     def _build(self, part: nn.Module) -> nn.Module:
         decoder = cast(Decoder, part.module if isinstance(part, Part) else part)
         if self._tensor is not None:
             self._cuts |= divide(decoder, self._tensor)
+        if self._context is not None:
+            apply_context(decoder, self._context)
         apply_transforms(decoder, self.train)
         if self.mesh.shards is not None:
             for block in decoder.get_submodule("layers").children():
@@ -145,7 +161,11 @@ class Parallel(Strategy):
         yield
 
     def forward(self, batch: Batch) -> Tensor:
-        loss_sum = super().forward(batch)
+        mask_B1TS = None
+        if self._context is not None:
+            batch, mask_B1TS = self._context.local(batch)
+        wanted = {"mask_B1TS": mask_B1TS} if mask_B1TS is not None else {}
+        loss_sum = self.call_module(batch, **wanted)
         if batch.row_losses is not None and batch.row_losses.losses_B is not None:
             batch.row_losses.losses_B /= self.mesh.size["tp"]
         return loss_sum / self.mesh.size["tp"]  # each rank of the group has the whole of it
@@ -233,6 +253,12 @@ class Parallel(Strategy):
     def check_names(self, parameters: dict[str, nn.Parameter], source: StateSource) -> None:
         del parameters  # of this rank's stage; the checkpoint is of the whole model
         check_names(self._shapes, source)
+
+
+_OWN_FORWARD = (
+    "strategy.mesh.cp and pp run a decoder part by part, and {name} has a forward of its own that "
+    "would be passed over; use tp, fsdp and dp"
+)
 
 
 def _initial_weights(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
