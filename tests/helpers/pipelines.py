@@ -1,0 +1,163 @@
+"""A tiny decoder trained whole, and the same one cut into a pipeline, for tests to compare."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from scalellm.batches import Batch
+from scalellm.config import ModelConfig, TrainConfig
+from scalellm.model import Decoder, RowLosses
+from scalellm.strategies._part import Part
+from scalellm.strategies._pipeline import Pipeline
+from scalellm.strategies._pipeline_cut import cut, named_parameters, share_embedding, split_layers
+from scalellm.strategies._pipeline_schedule import stages_of, stages_per_rank
+from scalellm.strategies._transforms import apply_transforms
+
+SHAPE = {
+    "num_layers": 5, "hidden_size": 48, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 61,
+    "seq_len": 16,
+}  # fmt: skip
+LEARNING_RATE = 0.05
+SCALE = 1 / 64
+
+
+@dataclass
+class Outcome:
+    """Of each step: the loss sums of the micro-batches, their rows', and gradients by name."""
+
+    losses: list[list[float]] = field(default_factory=list)
+    row_losses: list[list[Tensor]] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    copies: list[Tensor] = field(default_factory=list)
+    evaluated: float = 0.0
+
+
+def decoder(config: ModelConfig) -> Decoder:
+    torch.manual_seed(3)
+    return Decoder(config).double()
+
+
+def batches_of(step: int, config: ModelConfig, count: int, seq_len: int = 16) -> list[Batch]:
+    """Two rows each, packed with documents in every second one; targets padded raggedly."""
+    generator = torch.Generator().manual_seed(step)
+    batches = []
+    for index in range(count):
+        rows = torch.randint(config.vocab_size or 0, (2, seq_len + 1), generator=generator)
+        targets = rows[:, 1:].clone()
+        targets[index % 2, seq_len - 1 - index :] = -100
+        documents = torch.tensor([[0] * 5 + [1] * (seq_len - 5), [0] * seq_len])
+        positions = torch.arange(seq_len) - 5 * documents
+        packed = {"documents_BT": documents, "positions_BT": positions} if index % 2 else {}
+        batches.append(Batch(rows[:, :-1], targets, row_losses=RowLosses(), **packed))
+    return batches
+
+
+def trained_whole(
+    shape: dict[str, Any], lengths: list[int], count: int, groups: int = 1
+) -> Outcome:
+    """Steps of plain gradient descent; `groups` is how many pipelines share a step's batches."""
+    config = ModelConfig.model_validate({**SHAPE, **shape})
+    model, outcome = decoder(config), Outcome()
+    for step, seq_len in enumerate(lengths):
+        batches = batches_of(step, config, count * groups, seq_len)
+        losses = [_forward(model, batch) for batch in batches]
+        (SCALE * torch.stack(losses).sum()).backward()
+        outcome.losses.append([float(loss.detach()) for loss in losses])
+        outcome.row_losses.append([b.row_losses.losses_B for b in batches if b.row_losses])
+        _descend(outcome, [(name, p, True) for name, p in model.named_parameters()])
+    with torch.no_grad():
+        [batch] = batches_of(99, config, 1, lengths[-1])
+        outcome.evaluated = float(_forward(model, batch))
+    return outcome
+
+
+def _forward(model: nn.Module, batch: Batch) -> Tensor:
+    loss: Tensor = model(
+        batch.tokens_BT,
+        batch.targets_BT,
+        positions_BT=batch.positions_BT,
+        documents_BT=batch.documents_BT,
+        row_losses=batch.row_losses,
+    )
+    return loss
+
+
+def _descend(outcome: Outcome, parameters: list[tuple[str, nn.Parameter, bool]]) -> None:
+    gradients = {}
+    for name, parameter, counts in parameters:
+        assert parameter.grad is not None, name
+        gradient = parameter.grad
+        whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+        if counts:
+            gradients[name] = whole
+        else:
+            outcome.copies.append(whole)
+        with torch.no_grad():
+            parameter -= LEARNING_RATE * gradient
+        parameter.grad = None
+    outcome.gradients.append(gradients)
+
+
+def make_parts(
+    config: ModelConfig, schedule: str, rank: int, ranks: int, per_rank: int, train: TrainConfig
+) -> list[tuple[int, Part]]:
+    num_stages = ranks * per_rank
+    whole, layers = decoder(config), split_layers(config, num_stages)
+    parts = []
+    for stage in stages_of(schedule, rank, ranks, per_rank):
+        last = stage == num_stages - 1
+        part = cut(copy.deepcopy(whole), layers[stage], is_first=stage == 0, is_last=last)
+        apply_transforms(part.module, train)
+        parts.append((stage, part))
+    return parts
+
+
+def trained_in_pipeline(
+    schedule: str,
+    shape: dict[str, Any],
+    lengths: list[int],
+    count: int,
+    shards: int = 1,
+    train: dict[str, Any] | None = None,
+    after: Callable[[Pipeline], Any] | None = None,
+) -> Outcome:
+    """One rank's part of `trained_whole`; with `shards` FSDP divides each stage among as many."""
+    config = ModelConfig.model_validate({**SHAPE, **shape})
+    ranks = torch.distributed.get_world_size() // shards
+    mesh = init_device_mesh("cpu", (ranks, shards), mesh_dim_names=("pp", "fsdp"))
+    rank, shard = mesh.get_local_rank("pp"), mesh.get_local_rank("fsdp")
+    per_rank = stages_per_rank(schedule)
+    options = TrainConfig.model_validate(train or {})
+    parts = make_parts(config, schedule, rank, ranks, per_rank, options)
+    if shards > 1:
+        for _, part in parts:
+            for block in part.module.layers.children():
+                fully_shard(block, mesh=mesh["fsdp"], reshard_after_forward=False)
+            fully_shard(part, mesh=mesh["fsdp"], reshard_after_forward=False)
+    else:
+        share_embedding([part for _, part in parts])
+    device = torch.device("cpu")
+    pipeline = Pipeline(parts, ranks * per_rank, mesh.get_group("pp"), device, schedule)
+    outcome = Outcome()
+    for step, seq_len in enumerate(lengths):
+        batches = batches_of(step, config, count * shards, seq_len)[shard * count :][:count]
+        losses = pipeline.run(batches, SCALE * shards)
+        pipeline.sync_tied()
+        outcome.losses.append([float(loss) for loss in losses])
+        filled = [b.row_losses.losses_B for b in batches if b.row_losses]
+        outcome.row_losses.append([losses for losses in filled if losses is not None])
+        _descend(outcome, list(named_parameters([part for _, part in parts])))
+    [batch] = batches_of(99, config, 1, lengths[-1])
+    outcome.evaluated = float(pipeline.evaluate(batch))
+    if after is not None:
+        after(pipeline)
+    return outcome
