@@ -21,6 +21,7 @@ from scalellm.model import IGNORED_TARGET, RowLosses
 class Batch:
     """One micro-batch on the device; targets of -100 do not count.
 
+    `mask_B1TS` says what each query may see, where that is not its row's past; documents are in it.
     Of a mixture `sources_B` says which dataset each row is of, and the model leaves the losses of
     the rows in `row_losses`.
     """
@@ -31,6 +32,7 @@ class Batch:
     documents_BT: Tensor | None = None
     sources_B: Tensor | None = None
     row_losses: RowLosses | None = None
+    mask_B1TS: Tensor | None = None
 
 
 def micro_batches(

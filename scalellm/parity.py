@@ -13,7 +13,7 @@ import hashlib
 import math
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,13 @@ def _mesh(**sizes: int) -> Variant:
     return Variant("parallel", {"mesh": sizes}, worlds=tuple(n for n in (2, 4) if n % least == 0))
 
 
+def _pipe(schedule: str, stages_per_rank: int = 1, **sizes: int) -> Variant:
+    """Two ranks behind one another."""
+    mesh = _mesh(pp=2, **sizes)
+    options = {**mesh.options, "schedule": schedule, "stages_per_rank": stages_per_rank}
+    return replace(mesh, options=options)
+
+
 VARIANTS = {
     "single": Variant("single", worlds=(1,)),
     "ddp": Variant("ddp"),
@@ -75,6 +82,12 @@ VARIANTS = {
     ),
     "tp-fsdp": _mesh(tp=2, fsdp=2),
     "cp": _mesh(cp=2),
+    "pp": _pipe("1f1b"),
+    "pp-interleaved": _pipe("interleaved", stages_per_rank=2),
+    "pp-zero-bubble": _pipe("zero_bubble"),
+    "pp-fsdp": _pipe("1f1b", fsdp=2),
+    "pp-tp": _pipe("1f1b", tp=2),
+    "pp-cp": _pipe("1f1b", cp=2),
     "cp-4": _mesh(cp=4),
     "cp-ulysses": Variant("parallel", {"mesh": {"cp": 2}, "context": "ulysses"}, worlds=(2, 4)),
     "cp-fsdp": _mesh(cp=2, fsdp=2),

@@ -103,8 +103,8 @@ class Context:
             chunks.append(parts - 1 - self.rank)
         return [range(chunk * length, (chunk + 1) * length) for chunk in chunks]
 
-    def local(self, batch: Batch) -> tuple[Batch, Tensor | None]:
-        """Returns this rank's positions of a micro-batch, and the mask for `Block`.
+    def local(self, batch: Batch) -> Batch:
+        """Returns this rank's positions of a micro-batch, with the mask for `Block`.
 
         The loss of what is returned is this rank's share: shares add up over the group, and so do
         the gradients of the weights. Its positions are explicit, and there are no documents in it:
@@ -125,15 +125,16 @@ class Context:
             documents_BT=None,
         )
         if batch.documents_BT is None:
-            return local, None
+            return local
         if self.method == "ulysses":
-            return local, document_mask(batch.documents_BT)
+            return replace(local, mask_B1TS=document_mask(batch.documents_BT))
         documents_Bt = _pick(batch.documents_BT, chunks)
         same_BtT = documents_Bt.unsqueeze(2) == batch.documents_BT.unsqueeze(1)
         # By the place in the row: positions begin again with each document.
         places_T = torch.arange(T, device=device)
         places_t = _pick(places_T.unsqueeze(0), chunks).squeeze(0)
-        return local, (same_BtT & (places_t.unsqueeze(1) >= places_T)).unsqueeze(1)
+        mask_BtT = same_BtT & (places_t.unsqueeze(1) >= places_T)
+        return replace(local, mask_B1TS=mask_BtT.unsqueeze(1))
 
     def mix(
         self,

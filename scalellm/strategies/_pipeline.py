@@ -49,6 +49,7 @@ class Pipeline:
         parts: (stage index, part) in ascending order: those that `stages_of` names. They may be
             FSDP modules with `reshard_after_forward=False`, which reduce gradients once a step.
         group: the pipeline's ranks; stage s is on rank `owner_of(schedule, s, ranks)` of it.
+        tokens_divided: ranks that have each a part of the tokens between blocks.
         activation_dtype: of what goes from stage to stage; None: that of the parameters, which is
             right under autocast too, where residual streams stay wide.
         autocast_dtype: computes each forward under autocast; None: as it is.
@@ -62,6 +63,7 @@ class Pipeline:
         device: torch.device,
         schedule: str,
         *,
+        tokens_divided: int = 1,
         activation_dtype: torch.dtype | None = None,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
@@ -71,6 +73,7 @@ class Pipeline:
         [parameter, *_] = self.parts[parts[0][0]].parameters()
         self.parameter_dtype = parameter.dtype
         self.activation_dtype = activation_dtype or parameter.dtype
+        self.tokens_divided = tokens_divided
         self.autocast_dtype = autocast_dtype
         self.time: StepTime | None = None
         self._stages: list[Stage] = []
@@ -134,8 +137,9 @@ class Pipeline:
 
     def _activation(self, shape: torch.Size, device: torch.device) -> Tensor:
         [part, *_] = self.parts.values()
-        features = part.module.config.hidden_size
-        return torch.empty((*shape, features), dtype=self.activation_dtype, device=device)
+        rows, tokens = shape
+        whole = (rows, tokens // self.tokens_divided, part.module.config.hidden_size)
+        return torch.empty(whole, dtype=self.activation_dtype, device=device)
 
     def _loss(self, loss_sum: Tensor, target: Any) -> Tensor:
         return loss_sum * self._scale

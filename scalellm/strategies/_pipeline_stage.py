@@ -21,13 +21,6 @@ from scalellm.strategies._part import Part
 from scalellm.strategies._pipeline_schedule import Action
 
 
-@dataclass(frozen=True)
-class MaskedBatch(Batch):
-    """A batch whose queries may see something else than their row's past."""
-
-    mask_B1TS: Tensor | None = None
-
-
 class Clock:
     """Moments of the device's work: on a GPU, when the work queued so far is done."""
 
@@ -63,7 +56,7 @@ def keywords_of(part: Part, batch: Batch) -> dict[str, Any]:
     keywords: dict[str, Any] = {
         "positions_BT": batch.positions_BT,
         "documents_BT": batch.documents_BT,
-        "mask_B1TS": getattr(batch, "mask_B1TS", None),
+        "mask_B1TS": batch.mask_B1TS,
     }
     if part.is_last:
         keywords |= {"targets_BT": batch.targets_BT, "row_losses": batch.row_losses}

@@ -180,13 +180,9 @@ class Strategy:
 
         The shares of all ranks add up to the loss of the global batch, once `backward` is done.
         """
-        return self.call_module(batch)
-
-    def call_module(self, batch: Batch, **wanted: Any) -> Tensor:
-        """Returns what the module says to a micro-batch, and to `wanted` beside it."""
         autocast = AUTOCAST.get(self.train.precision)
-        if batch.row_losses is not None:
-            wanted["row_losses"] = batch.row_losses
+        wanted: dict[str, Any] = {"row_losses": batch.row_losses, "mask_B1TS": batch.mask_B1TS}
+        wanted = {name: value for name, value in wanted.items() if value is not None}
         with torch.autocast(self.world.device.type, dtype=autocast, enabled=autocast is not None):
             loss_sum: Tensor = self.module(
                 batch.tokens_BT,
@@ -322,10 +318,9 @@ class Strategy:
         Raises:
             CheckpointError: names or shapes are not this model's; nothing was changed then.
         """
-        parameters = dict(self.named_parameters())
-        self.check_names(parameters, source)
+        self.check_names(source)
         with torch.no_grad():
-            for name, parameter in parameters.items():
+            for name, parameter in self.named_parameters():
                 self._read_into(parameter, source, f"model.{name}", self.begin_of(parameter))
                 updated, offsets = self.updated_part(parameter)
                 if f"optim.{name}.step" not in source.names() or not updated.numel():
@@ -340,9 +335,9 @@ class Strategy:
                 state["step"] = step.to(parameter.device) if fused else step
                 self.optimizer.state[updated] = state
 
-    def check_names(self, parameters: dict[str, nn.Parameter], source: StateSource) -> None:
+    def check_names(self, source: StateSource) -> None:
         """Raises CheckpointError if the checkpoint is not of this model."""
-        check_names({name: self.shape_of(p) for name, p in parameters.items()}, source)
+        check_names({name: self.shape_of(p) for name, p in self.named_parameters()}, source)
 
     def _read_into(
         self, tensor: Tensor, source: StateSource, name: str, begin: tuple[int, ...]

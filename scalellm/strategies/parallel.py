@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -37,11 +38,15 @@ from scalellm.strategies._mesh import (
 )
 from scalellm.strategies._norm import norm_of
 from scalellm.strategies._part import Part
+from scalellm.strategies._pipeline import Pipeline
+from scalellm.strategies._pipeline_cut import cut, named_parameters, share_embedding, split_layers
+from scalellm.strategies._pipeline_schedule import stages_of, stages_per_rank
 from scalellm.strategies._state import StateSource, check_names
 from scalellm.strategies._sums import sum_gradients
 from scalellm.strategies._tensor import Cut, TensorGroup, divide, has_partial_gradient
 from scalellm.strategies._transforms import apply_transforms, canonical_fqn
 from scalellm.strategies.base import (
+    AUTOCAST,
     DataRank,
     MakeOptimizer,
     Options,
@@ -103,8 +108,12 @@ class Parallel(Strategy):
         self._context = self._context_group(options)
         self._cuts: dict[str, Cut] = {}
         parts = [self._build(part) for part in self._parts(decoder)]
-        self.model = self.module = parts[0]
+        self.model = self.module = nn.ModuleList(parts) if len(parts) > 1 else parts[0]
+        self._pipeline = self._make_pipeline(cast(list[Part], parts))
+        self._queue: list[Batch] = []
         self._names = {p: name for name, p in self.named_parameters()}
+        # The last stage's of a tied embedding.
+        self._copies = self._find_copies(parts)
         self._fill_with(values)
         self.optimizer = make_optimizer(self.named_parameters())
 
@@ -122,11 +131,26 @@ class Parallel(Strategy):
         return Context(self.mesh.groups["cp"], self.mesh.place["cp"], cp, options.context)
 
     def _parts(self, decoder: Decoder) -> list[nn.Module]:
-        if self._context is None:
+        """What this rank holds of a decoder, stage by stage; it is taken apart for it."""
+        pp = self.mesh.size["pp"]
+        if pp == 1 and self._context is None:
             return [decoder]
         if type(decoder).forward is not Decoder.forward:
             raise ConfigError(_OWN_FORWARD.format(name=type(decoder).__name__))
-        return [Part(decoder)]
+        if pp == 1:
+            return [Part(decoder)]
+        options = cast(ParallelOptions, self.options)
+        per_rank = stages_per_rank(options.schedule, options.stages_per_rank)
+        layers = split_layers(decoder.config, pp * per_rank)
+        self._stages = stages_of(options.schedule, self.mesh.place["pp"], pp, per_rank)
+        last = len(layers) - 1
+        parts: list[nn.Module] = []
+        for stage in self._stages:
+            with torch.device("meta"):
+                whole = Decoder(decoder.config).to(dtype=decoder.embed_tokens.weight.dtype)
+            parts.append(cut(whole, layers[stage], is_first=stage == 0, is_last=stage == last))
+        self._num_stages = len(layers)
+        return parts
 
     def _build(self, part: nn.Module) -> nn.Module:
         decoder = cast(Decoder, part.module if isinstance(part, Part) else part)
@@ -136,21 +160,51 @@ class Parallel(Strategy):
             apply_context(decoder, self._context)
         apply_transforms(decoder, self.train)
         if self.mesh.shards is not None:
+            arguments: dict[str, Any] = {"mesh": self.mesh.shards}
+            # A pipeline's stages are used once for each micro-batch: gathered once a step.
+            arguments["reshard_after_forward"] = self.mesh.size["pp"] == 1
             for block in decoder.get_submodule("layers").children():
-                fully_shard(block, mesh=self.mesh.shards)
-            fully_shard(part, mesh=self.mesh.shards)
+                fully_shard(block, **arguments)
+            fully_shard(part, **arguments)
         return part.to_empty(device=self.world.device)
+
+    def _make_pipeline(self, parts: list[Part]) -> Pipeline | None:
+        if self.mesh.size["pp"] == 1:
+            return None
+        if self.mesh.shards is None:
+            share_embedding(parts)
+        sequence = self._tensor is not None and self._tensor.divides_tokens
+        return Pipeline(
+            list(zip(self._stages, parts, strict=True)),
+            self._num_stages,
+            self.mesh.groups["pp"],
+            self.world.device,
+            cast(ParallelOptions, self.options).schedule,
+            tokens_divided=self._tensor.size if self._tensor is not None and sequence else 1,
+            autocast_dtype=AUTOCAST.get(self.train.precision),
+        )
+
+    def _find_copies(self, parts: list[nn.Module]) -> set[nn.Parameter]:
+        if self._pipeline is None:
+            return set()
+        named = named_parameters(cast(list[Part], parts))
+        return {parameter for _, parameter, counts in named if not counts}
 
     @torch.no_grad()
     def _fill_with(self, values: Any) -> None:
-        mine = dict(self.named_parameters())
+        mine: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            mine.setdefault(name, []).append(parameter)
         for name, value in values:
-            if name in mine:
-                local, begin = self.part_of(mine[name])[0], self.begin_of(mine[name])
+            for parameter in mine.get(name, ()):
+                local, begin = self.part_of(parameter)[0], self.begin_of(parameter)
                 local.copy_(value[slices(begin, local)])
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, parameter in self.module.named_parameters():
+        """As of the whole model; where a rank has two copies of a tied embedding, both."""
+        parts = self.module if isinstance(self.module, nn.ModuleList) else [self.module]
+        named = ((name, p) for part in parts for name, p in part.named_parameters())
+        for parameter, name in {p: name for name, p in named}.items():
             yield canonical_fqn(name), parameter
 
     # -- one optimizer step -----------------------------------------------------------------
@@ -161,26 +215,48 @@ class Parallel(Strategy):
         yield
 
     def forward(self, batch: Batch) -> Tensor:
-        mask_B1TS = None
         if self._context is not None:
-            batch, mask_B1TS = self._context.local(batch)
-        wanted = {"mask_B1TS": mask_B1TS} if mask_B1TS is not None else {}
-        loss_sum = self.call_module(batch, **wanted)
+            batch = self._context.local(batch)
+        if self._pipeline is None:
+            loss_sum = super().forward(batch)
+        elif torch.is_grad_enabled():
+            self._queue.append(_with_positions(batch))
+            return torch.zeros((), dtype=torch.float64, device=self.world.device)
+        else:
+            loss_sum = self._pipeline.evaluate(_with_positions(batch))
+        self._share_rows(batch)
+        return loss_sum / self.mesh.size["tp"]  # each rank of the group has the whole of it
+
+    def _share_rows(self, batch: Batch) -> None:
         if batch.row_losses is not None and batch.row_losses.losses_B is not None:
             batch.row_losses.losses_B /= self.mesh.size["tp"]
-        return loss_sum / self.mesh.size["tp"]  # each rank of the group has the whole of it
 
     def backward(self, loss_sum: Tensor, global_tokens: int) -> None:
         self.gradient_scale = float(self.mesh.size["tp"])
         if self.mesh.shards is not None:  # FSDP averages; the loss wants a sum
             self.gradient_scale *= self.mesh.shards.size()
-        super().backward(loss_sum, global_tokens)
+        if self._pipeline is None:
+            super().backward(loss_sum, global_tokens)
+        elif self._is_last:
+            loss_sum.copy_(self._run_pipeline(self._pipeline, global_tokens))
         if self._is_last:
             self._finish_gradients()
+
+    def _run_pipeline(self, pipeline: Pipeline, global_tokens: int) -> Tensor:
+        """A step's micro-batches go through together; returns the share of their losses."""
+        tp = self.mesh.size["tp"]
+        queue, self._queue = self._queue, []
+        scale = self.gradient_scale / tp * self.loss_scale.value / global_tokens
+        losses = pipeline.run(queue, scale)
+        for batch in queue:
+            self._share_rows(batch)
+        return torch.stack(losses).sum() / tp
 
     def _finish_gradients(self) -> None:
         """Adds what other ranks have of this rank's gradients."""
         self.fill_missing_gradients()
+        if self._pipeline is not None:
+            self._pipeline.sync_tied()
         bucket_bytes = cast(ParallelOptions, self.options).bucket_mb << 20
         if self._tensor is not None:
             partial = (
@@ -205,6 +281,8 @@ class Parallel(Strategy):
 
     def _counts(self, parameter: nn.Parameter) -> bool:
         """Whether this rank is the first of those that hold the same of a parameter."""
+        if parameter in self._copies:
+            return False
         place, names = self.mesh.place, {"dp"}
         if self.mesh.shards is None:
             names |= {"fsdp", "cp"}
@@ -250,15 +328,22 @@ class Parallel(Strategy):
     def writes(self, index: int) -> bool:
         return self._counts(list(self._names)[index])
 
-    def check_names(self, parameters: dict[str, nn.Parameter], source: StateSource) -> None:
-        del parameters  # of this rank's stage; the checkpoint is of the whole model
-        check_names(self._shapes, source)
+    def check_names(self, source: StateSource) -> None:
+        check_names(self._shapes, source)  # of all stages
 
 
 _OWN_FORWARD = (
     "strategy.mesh.cp and pp run a decoder part by part, and {name} has a forward of its own that "
     "would be passed over; use tp, fsdp and dp"
 )
+
+
+def _with_positions(batch: Batch) -> Batch:
+    """Later stages do not see the tokens, and where these are divided not how many they are."""
+    if batch.positions_BT is not None:
+        return batch
+    positions_BT = torch.arange(batch.tokens_BT.shape[1], device=batch.tokens_BT.device)
+    return replace(batch, positions_BT=positions_BT.unsqueeze(0))
 
 
 def _initial_weights(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:

@@ -104,14 +104,16 @@ def _train_step(run: Run, stop: StopSignal) -> tuple[Row, bool]:
     divisor = max(1, target_tokens)  # packed rows may hold one token each, and no target
     _seed_step(run.config.run.seed, step, strategy.data.rank)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    for micro_batch, is_last in micro_batches(batch, run.micro_batch_size, device):
+    batches = list(micro_batches(batch, run.micro_batch_size, device))
+    for micro_batch, is_last in batches:
         with strategy.micro_step(is_last):
             loss = strategy.forward(micro_batch)
             clock.lap("forward_s")
             strategy.backward(loss, divisor)
         loss_sum += loss.detach()
-        run.sources.add(micro_batch)
         clock.lap("backward_s")
+    for micro_batch, _ in batches:
+        run.sources.add(micro_batch)
     rate = learning_rate(step, run.config.train)
     with run.session.saving():
         run.finish_copying()  # of a save in the background, before weights change
