@@ -28,16 +28,15 @@ from typing import Any
 from _parity_report import make_report, to_markdown
 from safetensors.torch import load_file, save_file
 
-from scalellm import strategies
 from scalellm.clusters.local import launch
 from scalellm.config import ModelConfig, StrategyConfig
 from scalellm.dist import World, ranks
 from scalellm.errors import ConfigError, UserError
-from scalellm.parity import REPORTED, VARIANTS, Curve, Task, differences, run_curve
+from scalellm.parity import REPORTED, VARIANTS, Curve, Task, check_task, differences, run_curve
 
 ALL = VARIANTS | REPORTED
 SIZES = {
-    "tiny": {"num_layers": 2, "hidden_size": 48, "num_heads": 4, "vocab_size": 61, "seq_len": 24},
+    "tiny": {"num_layers": 4, "hidden_size": 48, "num_heads": 4, "vocab_size": 61, "seq_len": 24},
     "1m": {"num_layers": 5, "hidden_size": 128, "num_heads": 4, "vocab_size": 1031, "seq_len": 64},
     "12m": {"num_layers": 6, "hidden_size": 384, "num_heads": 6, "vocab_size": 8209, "seq_len": 64},
 }
@@ -129,9 +128,9 @@ def _skipped(args: argparse.Namespace) -> dict[str, str]:
         variant = ALL[label]
         config = StrategyConfig.model_validate({"name": variant.name, **_options(args, label)})
         world = World(world_size=world_size, launcher=f"--nproc {world_size}")
-        train = _task(args, variant.precision).train_config()
+        task = _task(args, variant.precision).of(variant)
         try:
-            strategies.parse_options(config, strategies.resolve(variant.name), world, train)
+            check_task(task, config, world)
         except ConfigError as error:
             reasons[cell] = str(error)
     return reasons
@@ -213,7 +212,7 @@ def _work(args: argparse.Namespace) -> int:
 def _run_cell(args: argparse.Namespace, folder: Path, cell: str, label: str, world: World) -> None:
     variant = ALL[label]
     for precision in sorted({variant.precision, "fp32"}):
-        task = _task(args, precision)
+        task = _task(args, precision).of(variant)
         is_saved = precision == "fp32" and label in VARIANTS
         save = folder / "checkpoints" / cell if is_saved else None
         with _quiet(world):
@@ -234,7 +233,11 @@ def _resume_cell(
     load = folder / "checkpoints" / saved
     with _quiet(world):
         curve = run_curve(
-            _task(args, "fp32"), ALL[label].name, _options(args, label), world, load=load
+            _task(args, "fp32").of(ALL[label]),
+            ALL[label].name,
+            _options(args, label),
+            world,
+            load=load,
         )
     if world.is_main:
         _write(folder / "runs" / f"{saved}--{resumed}.json", _plain(curve, None, "fp32"))

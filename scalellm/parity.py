@@ -34,12 +34,16 @@ TOLERANCE = {"fp64": 1e-11, "fp32": 1e-5}
 
 @dataclass(frozen=True)
 class Variant:
-    """A strategy with options; `precision` is the one its parity is held to."""
+    """A strategy with options; `precision` is the one its parity is held to.
+
+    `micro_batch`: rows at once, for a strategy that needs several micro-batches a step.
+    """
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     precision: str = "fp64"
     worlds: tuple[int, ...] = (1, 2, 4)
+    micro_batch: int | None = None
 
 
 def _zero(stage: int, name: str = "deepspeed", **options: Any) -> Variant:
@@ -54,11 +58,10 @@ def _mesh(**sizes: int) -> Variant:
     return Variant("parallel", {"mesh": sizes}, worlds=tuple(n for n in (2, 4) if n % least == 0))
 
 
-def _pipe(schedule: str, stages_per_rank: int = 1, **sizes: int) -> Variant:
+def _pipe(schedule: str, **sizes: int) -> Variant:
     """Two ranks behind one another."""
     mesh = _mesh(pp=2, **sizes)
-    options = {**mesh.options, "schedule": schedule, "stages_per_rank": stages_per_rank}
-    return replace(mesh, options=options)
+    return replace(mesh, options={**mesh.options, "schedule": schedule}, micro_batch=1)
 
 
 VARIANTS = {
@@ -83,7 +86,7 @@ VARIANTS = {
     "tp-fsdp": _mesh(tp=2, fsdp=2),
     "cp": _mesh(cp=2),
     "pp": _pipe("1f1b"),
-    "pp-interleaved": _pipe("interleaved", stages_per_rank=2),
+    "pp-interleaved": _pipe("interleaved"),
     "pp-zero-bubble": _pipe("zero_bubble"),
     "pp-fsdp": _pipe("1f1b", fsdp=2),
     "pp-tp": _pipe("1f1b", tp=2),
@@ -117,6 +120,10 @@ class Task:
     learning_rate: float = 1e-2
     grad_clip: float = 0.3
 
+    def of(self, variant: Variant) -> Task:
+        """The same task in the micro-batches that the variant needs."""
+        return replace(self, micro_batch=variant.micro_batch or self.micro_batch)
+
     def train_config(self) -> TrainConfig:
         return TrainConfig.model_validate(
             {
@@ -140,6 +147,16 @@ class Curve:
     memory: dict[str, int] = field(default_factory=dict)
 
 
+def check_task(task: Task, config: StrategyConfig, world: World) -> strategies.Options:
+    """Returns the strategy's options. Raises ConfigError if it cannot train the task here."""
+    train, strategy = task.train_config(), strategies.resolve(config.name)
+    options = strategies.parse_options(config, strategy, world, train)
+    readers = strategy.data_rank(options, world).world_size
+    plan = BatchPlan.of(task.global_batch, task.micro_batch, readers)
+    strategy.check_model(options, world, train, task.model, plan)
+    return options
+
+
 def tokens_of(step: int, task: Task) -> tuple[Tensor, Tensor]:
     """Returns tokens and targets, (global batch, T), of a step: arithmetic that can be learned."""
     vocab_size, seq_len = task.model.vocab_size or 0, task.model.seq_len
@@ -156,11 +173,9 @@ def build(
     task: Task, name: str, options: dict[str, Any], world: World, model: Decoder | None = None
 ) -> strategies.Strategy:
     """Returns a strategy that is set up with the task's model, or the one given."""
-    train = task.train_config()
-    strategy_class = strategies.resolve(name)
+    train, strategy_class = task.train_config(), strategies.resolve(name)
     config = StrategyConfig.model_validate({"name": name, **options})
-    parsed = strategies.parse_options(config, strategy_class, world, train)
-    strategy = strategy_class(world, train, parsed)
+    strategy = strategy_class(world, train, check_task(task, config, world))
     if model is None:
         with torch.device("meta"):
             model = Decoder(task.model)

@@ -18,6 +18,7 @@ from scalellm.config import BatchPlan, ModelConfig, Section, TrainConfig, settin
 from scalellm.dist import World
 from scalellm.errors import ConfigError
 from scalellm.strategies._context import check_context
+from scalellm.strategies._pipeline_schedule import check_pipeline
 from scalellm.strategies.base import Options
 
 DIMS = ("pp", "dp", "fsdp", "cp", "tp")
@@ -40,8 +41,8 @@ class ParallelOptions(Options):
         True, "with tp: each rank keeps a part of the tokens between the matrices"
     )
     schedule: Schedule = setting("1f1b", "with pp: the order of forwards and backwards")
-    stages_per_rank: int = setting(
-        1, "with pp: stages of a rank; interleaved needs 2 or more, the others 1", ge=1
+    stages_per_rank: int | None = setting(
+        None, "with schedule interleaved: stages of a rank; null: 2", unit="stages", ge=2
     )
     context: Literal["gather", "ulysses"] = setting(
         "gather",
@@ -130,8 +131,14 @@ def _training_problems(
             "train.compile_scope=model makes one graph of all blocks, but parallel calls a "
             "decoder's parts one by one; use train.compile_scope=parts"
         )
+    if options.stages_per_rank is not None and options.schedule != "interleaved":
+        yield (
+            f"strategy.stages_per_rank={options.stages_per_rank} stages are for "
+            f"strategy.schedule=interleaved, and {options.schedule} does nothing with it; leave it "
+            "out"
+        )
     defaults = ParallelOptions()
-    for name, dim in (("schedule", "pp"), ("stages_per_rank", "pp"), ("context", "cp")):
+    for name, dim in (("schedule", "pp"), ("context", "cp")):
         value = getattr(options, name)
         if size[dim] == 1 and value != getattr(defaults, name):
             yield (
@@ -141,16 +148,24 @@ def _training_problems(
 
 
 def refuse(
-    options: ParallelOptions, size: dict[str, int], model: ModelConfig, plan: BatchPlan
+    options: ParallelOptions,
+    size: dict[str, int],
+    train: TrainConfig,
+    model: ModelConfig,
+    plan: BatchPlan,
 ) -> None:
     """Raises ConfigError for the first thing about the model or its rows that cannot be divided."""
-    problem = next(_problems(options, size, model, plan), None)
+    problem = next(_problems(options, size, train, model, plan), None)
     if problem is not None:
         raise ConfigError(problem)
 
 
 def _problems(
-    options: ParallelOptions, size: dict[str, int], model: ModelConfig, plan: BatchPlan
+    options: ParallelOptions,
+    size: dict[str, int],
+    train: TrainConfig,
+    model: ModelConfig,
+    plan: BatchPlan,
 ) -> Iterator[str]:
     tp, cp = size["tp"], size["cp"]
     for name, heads in (("num_heads", model.num_heads), ("num_kv_heads", model.kv_heads)):
@@ -167,6 +182,15 @@ def _problems(
         )
     try:
         check_context(model, cp, options.context, tp)
+        if size["pp"] > 1:
+            check_pipeline(
+                options.schedule,
+                size["pp"],
+                plan.grad_accumulation,
+                model,
+                train,
+                options.stages_per_rank or 2,
+            )
     except ConfigError as error:
         yield str(error)
     if tp > 1 and model.loss_chunk_tokens:

@@ -8,6 +8,7 @@ dividing rows; Grattafiori et al. 2024, "The Llama 3 Herd of Models", section 3.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,7 +77,7 @@ class Parallel(Strategy):
         plan: BatchPlan,
     ) -> None:
         options = cast(ParallelOptions, options)
-        refuse(options, sizes(options.mesh, world.world_size), model, plan)
+        refuse(options, sizes(options.mesh, world.world_size), train, model, plan)
 
     @classmethod
     def data_rank(cls, options: Options, world: World) -> DataRank:
@@ -103,7 +104,8 @@ class Parallel(Strategy):
         given = None if is_meta(decoder) else {n: p.detach() for n, p in decoder.named_parameters()}
         decoder = decoder.to("meta")
         self._shapes = {name: tuple(p.shape) for name, p in decoder.named_parameters()}
-        values = given.items() if given is not None else _initial_weights(decoder)
+        self._frozen = {n for n, p in decoder.named_parameters() if not p.requires_grad}
+        values = given.items() if given is not None else copy.deepcopy(decoder).initial_weights()
         self._tensor = self._tensor_group(options)
         self._context = self._context_group(options)
         self._cuts: dict[str, Cut] = {}
@@ -140,17 +142,15 @@ class Parallel(Strategy):
         if pp == 1:
             return [Part(decoder)]
         options = cast(ParallelOptions, self.options)
-        per_rank = stages_per_rank(options.schedule, options.stages_per_rank)
+        per_rank = stages_per_rank(options.schedule, options.stages_per_rank or 2)
         layers = split_layers(decoder.config, pp * per_rank)
         self._stages = stages_of(options.schedule, self.mesh.place["pp"], pp, per_rank)
         last = len(layers) - 1
-        parts: list[nn.Module] = []
-        for stage in self._stages:
-            with torch.device("meta"):
-                whole = Decoder(decoder.config).to(dtype=decoder.embed_tokens.weight.dtype)
-            parts.append(cut(whole, layers[stage], is_first=stage == 0, is_last=stage == last))
         self._num_stages = len(layers)
-        return parts
+        return [
+            cut(copy.deepcopy(decoder), layers[stage], is_first=stage == 0, is_last=stage == last)
+            for stage in self._stages
+        ]
 
     def _build(self, part: nn.Module) -> nn.Module:
         decoder = cast(Decoder, part.module if isinstance(part, Part) else part)
@@ -260,21 +260,26 @@ class Parallel(Strategy):
         bucket_bytes = cast(ParallelOptions, self.options).bucket_mb << 20
         if self._tensor is not None:
             partial = (
-                self._gradient(parameter)
-                for name, parameter in self.named_parameters()
-                if has_partial_gradient(name, self._cuts, self._tensor)
+                gradient
+                for parameter, gradient in self._all_gradients()
+                if has_partial_gradient(self._names[parameter], self._cuts, self._tensor)
             )
             sum_gradients(partial, self._tensor.group, bucket_bytes)
         if self.mesh.sums is not None:
-            everything = (self._gradient(parameter) for _, parameter in self.named_parameters())
+            everything = (gradient for _, gradient in self._all_gradients())
             sum_gradients(everything, self.mesh.sums, bucket_bytes)
 
-    def _gradient(self, parameter: nn.Parameter) -> Tensor:
-        return self.part_of(cast(Tensor, parameter.grad))[0]
+    def _all_gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """What this rank holds of the gradients; frozen parameters have none."""
+        for _, parameter in self.named_parameters():
+            if parameter.grad is not None:
+                yield parameter, self.part_of(parameter.grad)[0]
 
     def grad_norm(self) -> float:
         """Each rank sums the squares it holds; of replicas only the first counts."""
-        mine = [self._gradient(p) for _, p in self.named_parameters() if self._counts(p)]
+        mine = [
+            gradient for parameter, gradient in self._all_gradients() if self._counts(parameter)
+        ]
         local = norm_of(mine) if mine else 0.0
         [squares] = sum_over_ranks([local * local], self.world.device)
         return math.sqrt(squares) if squares >= 0 else math.nan
@@ -299,11 +304,12 @@ class Parallel(Strategy):
         whole = {
             name: torch.zeros(shape, dtype=dtype, device=self.world.device)
             for name, shape in self._shapes.items()
+            if name not in self._frozen
         }
-        for name, parameter in self.named_parameters():
+        for parameter, gradient in self._all_gradients():
             if self._counts(parameter):
-                gradient = self._gradient(parameter) / self.loss_scale.value
-                whole[name][slices(self.begin_of(parameter), gradient)] = gradient
+                place = slices(self.begin_of(parameter), gradient)
+                whole[self._names[parameter]][place] = gradient / self.loss_scale.value
         for tensor in whole.values():
             tdist.all_reduce(tensor)
         return {name: tensor.cpu() for name, tensor in whole.items()}
@@ -344,10 +350,3 @@ def _with_positions(batch: Batch) -> Batch:
         return batch
     positions_BT = torch.arange(batch.tokens_BT.shape[1], device=batch.tokens_BT.device)
     return replace(batch, positions_BT=positions_BT.unsqueeze(0))
-
-
-def _initial_weights(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """The same draws as of the whole model, which this one will soon be a part of."""
-    with torch.device("meta"):
-        whole = Decoder(decoder.config)
-    return whole.initial_weights()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from scalellm import data
-from scalellm.batches import global_targets, micro_batches
+from scalellm.batches import Batch, global_targets, micro_batches
 from scalellm.config import Config
 from scalellm.dist import World, sum_over_ranks
 from scalellm.evaluate import Evaluation
@@ -104,15 +104,17 @@ def _train_step(run: Run, stop: StopSignal) -> tuple[Row, bool]:
     divisor = max(1, target_tokens)  # packed rows may hold one token each, and no target
     _seed_step(run.config.run.seed, step, strategy.data.rank)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    batches = list(micro_batches(batch, run.micro_batch_size, device))
-    for micro_batch, is_last in batches:
+    of_mixture: list[Batch] = []
+    for micro_batch, is_last in micro_batches(batch, run.micro_batch_size, device):
         with strategy.micro_step(is_last):
             loss = strategy.forward(micro_batch)
             clock.lap("forward_s")
             strategy.backward(loss, divisor)
         loss_sum += loss.detach()
+        if micro_batch.row_losses is not None:
+            of_mixture.append(micro_batch)
         clock.lap("backward_s")
-    for micro_batch, _ in batches:
+    for micro_batch in of_mixture:  # a pipeline computes all of them in the last backward
         run.sources.add(micro_batch)
     rate = learning_rate(step, run.config.train)
     with run.session.saving():

@@ -16,11 +16,10 @@ from scalellm.cli import main
 from scalellm.config import load_config, parse_config
 from scalellm.data import TokenDataset, shares
 from scalellm.data.prepare import PrepareOptions, prepare
-
 from scalellm.errors import ConfigError, DataError
 from scalellm.metrics import read_rows
-from scalellm.strategies import DataRank
 from scalellm.report import draw_loss
+from scalellm.strategies import DataRank
 from scalellm.train import run_training
 from scalellm.train.datasets import open_mixture, open_stream
 
