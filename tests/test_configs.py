@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -29,14 +31,23 @@ SHRUNK = [
 ]
 
 
+# What a config needs more than one of.
+RANKS = {"parallel": 2}
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config_trains_two_steps(path: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+def test_config_trains_two_steps(
+    ranks: Callable[..., list[Any]], path: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
     here = [f"data.path={tiny_dataset}", f"run.dir={tmp_path / 'run'}"]
     if path.stem == "mixture":
         here += [f"data.mix.{name}.path={tiny_dataset}" for name in ("code", "prose")]
         here += ["data.stages=[{from_step: 1, seq_len: 16}, {from_step: 2, seq_len: 32}]"]
     config = load_config(path, [*SHRUNK, *here])
-    assert run_training(config).step == 2
+    if path.stem in RANKS:
+        assert {one.step for one in ranks(run_training, RANKS[path.stem], config)} == {2}
+    else:
+        assert run_training(config).step == 2
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

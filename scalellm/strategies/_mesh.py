@@ -7,6 +7,7 @@ row), tp (part of each matrix).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -22,7 +23,7 @@ from scalellm.strategies._pipeline_schedule import check_pipeline
 from scalellm.strategies.base import Options
 
 DIMS = ("pp", "dp", "fsdp", "cp", "tp")
-Schedule = Literal["1f1b", "interleaved", "zero_bubble"]
+Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
 
 
 class MeshOptions(Section):
@@ -172,7 +173,7 @@ def _problems(
         if heads % tp:
             yield (
                 f"strategy.mesh.tp={tp} ranks do not divide model.{name}={heads} heads evenly; "
-                f"use tp={_divisor(heads, tp)}, or another number of heads"
+                f"use tp={_divisor(math.gcd(model.num_heads, model.kv_heads), tp)}, or other heads"
             )
     if tp > 1 and options.sequence_parallel and model.seq_len % (tp * cp):
         yield (

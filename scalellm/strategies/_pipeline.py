@@ -187,7 +187,11 @@ class Pipeline:
         To be called once after the step's last `run`, on all ranks; does nothing where there are no
         two copies. Copies that FSDP or tensor parallelism divides must be divided alike.
         """
-        ends = tied_ends(list(self.parts.values()))
+        ends = [
+            part
+            for part in tied_ends(list(self.parts.values()))
+            if part.module.embed_tokens.weight.requires_grad
+        ]
         weights = dict.fromkeys(part.module.embed_tokens.weight for part in ends)
         gradients = [_local_gradient(weight) for weight in weights]
         if len(gradients) == 2:

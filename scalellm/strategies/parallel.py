@@ -39,7 +39,7 @@ from scalellm.strategies._mesh import (
 )
 from scalellm.strategies._norm import norm_of
 from scalellm.strategies._part import Part
-from scalellm.strategies._pipeline import Pipeline
+from scalellm.strategies._pipeline import Pipeline, StepTime
 from scalellm.strategies._pipeline_cut import cut, named_parameters, share_embedding, split_layers
 from scalellm.strategies._pipeline_schedule import stages_of, stages_per_rank
 from scalellm.strategies._state import StateSource, check_names
@@ -251,6 +251,11 @@ class Parallel(Strategy):
         for batch in queue:
             self._share_rows(batch)
         return torch.stack(losses).sum() / tp
+
+    @property
+    def step_time(self) -> StepTime | None:
+        """When this rank computed in its pipeline's last step; None without a pipeline."""
+        return None if self._pipeline is None else self._pipeline.time
 
     def _finish_gradients(self) -> None:
         """Adds what other ranks have of this rank's gradients."""

@@ -114,13 +114,19 @@ STRATEGIES = [
     {"name": "deepspeed", "stage": 2},
     {"name": "deepspeed", "stage": 3, "persistent_elements": 0},
     {"name": "accelerate"},
+    {"name": "parallel", "mesh": {"tp": 2}},
+    {"name": "parallel", "mesh": {"cp": 2}},
+    {"name": "parallel", "mesh": {"pp": 2}},
 ]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: f"{s['name']}{s.get('stage', '')}")
+@pytest.mark.parametrize(
+    "strategy", STRATEGIES, ids=lambda s: f"{s['name']}{s.get('stage', s.get('mesh', ''))}"
+)
 def test_every_strategy_agrees_on_every_dataset(
     ranks: Callable[..., list[Any]], mixed: Values, tmp_path: Path, strategy: Values
 ) -> None:
+    mixed["train"]["micro_batch_size"] = 2
     wanted = of_kind(run(mixed, tmp_path / "single"), "train")
     ranks(run, 2, {**mixed, "strategy": strategy}, tmp_path / "other")
     found = of_kind(list(read_rows(tmp_path / "other" / "metrics.jsonl")), "train")

@@ -63,7 +63,18 @@ def test_the_tokens_counted_are_those_of_the_documents(values: Values, tmp_path:
     assert max(counted) < 8 * 32
 
 
-@pytest.mark.parametrize("strategy", [{"name": "ddp"}, {"name": "deepspeed", "stage": 2}])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"name": "ddp"},
+        {"name": "deepspeed", "stage": 2},
+        {"name": "parallel", "mesh": {"tp": 2}},
+        {"name": "parallel", "mesh": {"pp": 2}},
+        {"name": "parallel", "mesh": {"cp": 2}},
+        {"name": "parallel", "mesh": {"cp": 2}, "context": "ulysses"},
+    ],
+    ids=str,
+)
 def test_ranks_with_unequal_padding_find_the_same_loss(
     ranks: Callable[..., list[Any]], values: Values, tmp_path: Path, strategy: Values
 ) -> None:
