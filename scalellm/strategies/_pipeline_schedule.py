@@ -8,6 +8,7 @@ on the way up, so that the first stage and the last are on the first rank.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, cast
@@ -22,6 +23,9 @@ from torch.distributed.pipelining.schedules import (
 
 from scalellm.config import ModelConfig, TrainConfig
 from scalellm.errors import ConfigError
+
+# On an error every rank would print the whole schedule above it.
+logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
 
 ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
 
@@ -141,7 +145,23 @@ def _check_micro_batches(schedule: str, ranks: int, micro_batches: int) -> None:
 
 
 def _check_split_backward(model: ModelConfig, train: TrainConfig) -> None:
-    """Zero bubble walks the graph of a forward twice: for inputs, then for weights."""
+    """Zero bubble walks a forward's graph twice: for the inputs, and later for the weights."""
+    checkpointing = train.activation_checkpointing
+    refused = [
+        (train.compile, "train.compile=true", "false"),
+        (model.loss_chunk_tokens > 0, f"model.loss_chunk_tokens={model.loss_chunk_tokens}", "0"),
+        (
+            checkpointing in ("selective", "alternate"),
+            f"train.activation_checkpointing={checkpointing}",
+            "full or none",
+        ),
+    ]
+    for is_set, given, fitting in refused:
+        if is_set:
+            raise ConfigError(
+                f"{given} computes a backward in one go, but strategy.schedule=zero_bubble takes "
+                f"it in two; use {fitting}, or strategy.schedule=interleaved"
+            )
 
 
 def order_of(schedule: str, ranks: int, micro_batches: int, per_rank: int) -> list[list[Action]]:

@@ -34,7 +34,7 @@ SCALE = 1 / 64
 class Outcome:
     """Of each step: the loss sums of the micro-batches, their rows', and gradients by name."""
 
-    losses: list[list[float]] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
     row_losses: list[list[Tensor]] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     copies: list[Tensor] = field(default_factory=list)
@@ -61,6 +61,11 @@ def batches_of(step: int, config: ModelConfig, count: int, seq_len: int = 16) ->
     return batches
 
 
+def row_losses_of(batches: list[Batch]) -> list[Tensor]:
+    filled = [batch.row_losses.losses_B for batch in batches if batch.row_losses]
+    return [losses_B for losses_B in filled if losses_B is not None]
+
+
 def trained_whole(
     shape: dict[str, Any], lengths: list[int], count: int, groups: int = 1
 ) -> Outcome:
@@ -71,8 +76,8 @@ def trained_whole(
         batches = batches_of(step, config, count * groups, seq_len)
         losses = [_forward(model, batch) for batch in batches]
         (SCALE * torch.stack(losses).sum()).backward()
-        outcome.losses.append([float(loss.detach()) for loss in losses])
-        outcome.row_losses.append([b.row_losses.losses_B for b in batches if b.row_losses])
+        outcome.losses.append(torch.stack(losses).detach())
+        outcome.row_losses.append(row_losses_of(batches))
         _descend(outcome, [(name, p, True) for name, p in model.named_parameters()])
     with torch.no_grad():
         [batch] = batches_of(99, config, 1, lengths[-1])
@@ -102,7 +107,7 @@ def _descend(outcome: Outcome, parameters: list[tuple[str, nn.Parameter, bool]])
         else:
             outcome.copies.append(whole)
         with torch.no_grad():
-            parameter -= LEARNING_RATE * gradient
+            parameter.sub_(gradient, alpha=LEARNING_RATE)
         parameter.grad = None
     outcome.gradients.append(gradients)
 
@@ -152,9 +157,8 @@ def trained_in_pipeline(
         batches = batches_of(step, config, count * shards, seq_len)[shard * count :][:count]
         losses = pipeline.run(batches, SCALE * shards)
         pipeline.sync_tied()
-        outcome.losses.append([float(loss) for loss in losses])
-        filled = [b.row_losses.losses_B for b in batches if b.row_losses]
-        outcome.row_losses.append([losses for losses in filled if losses is not None])
+        outcome.losses.append(torch.stack(losses))
+        outcome.row_losses.append(row_losses_of(batches))
         _descend(outcome, list(named_parameters([part for _, part in parts])))
     [batch] = batches_of(99, config, 1, lengths[-1])
     outcome.evaluated = float(pipeline.evaluate(batch))
