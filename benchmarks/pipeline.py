@@ -144,7 +144,7 @@ def _table(report: dict[str, Any]) -> str:
     lines = [
         f"{config['ranks']} ranks, {config['num_layers']} layers of {config['hidden_size']}, "
         f"{config['rows']} rows of {config['seq_len']} a micro-batch, fp32, one thread a rank, "
-        f"{environment['cpu']}, torch {environment['versions']['torch']}",
+        f"{environment['processor']}, torch {environment['versions']['torch']}",
         "",
         "| schedule | micro-batches | formula | simulated | measured | from - to | step s |",
         "|---|---|---|---|---|---|---|",
