@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch.distributed as tdist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -97,24 +97,40 @@ class Mesh:
     groups: dict[str, tdist.ProcessGroup]
     shards: DeviceMesh | None
     sums: tdist.ProcessGroup | None
+    made: list[DeviceMesh]
 
     @classmethod
     def make(cls, options: ParallelOptions, world: World) -> Mesh:
         """All ranks call it: it makes process groups."""
         size = sizes(options.mesh, world.world_size)
-        kind = world.device.type
-        whole = init_device_mesh(kind, tuple(size[dim] for dim in DIMS), mesh_dim_names=DIMS)
-        groups = {dim: whole.get_group(dim) for dim in DIMS if size[dim] > 1}
         pp, dp, fsdp, cp, tp = (size[dim] for dim in DIMS)
-        shards, sums = None, None
+        whole = _device_mesh(world, size)
+        groups = {dim: whole.get_group(dim) for dim in DIMS if size[dim] > 1 and whole is not None}
+        shards, by_data, sums = None, None, None
         if fsdp > 1:
-            names = ("pp", "replicate", "shard", "tp")
-            by_shard = init_device_mesh(kind, (pp, dp, fsdp * cp, tp), mesh_dim_names=names)
-            shards = by_shard["replicate", "shard"] if dp > 1 else by_shard["shard"]
+            by_data = _device_mesh(world, {"pp": pp, "dp": dp, "shard": fsdp * cp, "tp": tp})
+            shards = by_data["dp", "shard"] if dp > 1 else by_data["shard"]
         elif dp * cp > 1:
-            by_data = init_device_mesh(kind, (pp, dp * cp, tp), mesh_dim_names=("pp", "data", "tp"))
+            by_data = _device_mesh(world, {"pp": pp, "data": dp * cp, "tp": tp})
             sums = by_data.get_group("data")
-        return cls(size, place_of(world.rank, size), groups, shards, sums)
+        made = [mesh for mesh in (whole, by_data) if mesh is not None]
+        return cls(size, place_of(world.rank, size), groups, shards, sums, made)
+
+    def close(self) -> None:
+        """Gives up the groups: each has threads and connections of its own."""
+        for mesh in self.made:
+            for group in mesh.get_all_groups():
+                if group is not tdist.group.WORLD and group in tdist.distributed_c10d._world.pg_map:
+                    tdist.destroy_process_group(group)
+
+
+def _device_mesh(world: World, size: dict[str, int]) -> Any:
+    """A mesh of the dimensions that have more than one rank; None if there are none."""
+    names = tuple(name for name, ranks in size.items() if ranks > 1)
+    if not names:
+        return None
+    shape = tuple(size[name] for name in names)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=names)
 
 
 def refuse_training(options: ParallelOptions, size: dict[str, int], train: TrainConfig) -> None:

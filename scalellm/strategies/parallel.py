@@ -339,6 +339,10 @@ class Parallel(Strategy):
     def writes(self, index: int) -> bool:
         return self._counts(list(self._names)[index])
 
+    def close(self) -> None:
+        if hasattr(self, "mesh") and tdist.is_initialized():
+            self.mesh.close()
+
     def check_names(self, source: StateSource) -> None:
         check_names(self._shapes, source)  # of all stages
 
