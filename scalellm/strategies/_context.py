@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.distributed as tdist
 from torch import Tensor, nn
 
 from scalellm.batches import Batch
@@ -28,12 +27,13 @@ from scalellm.dist import Group
 from scalellm.errors import ConfigError
 from scalellm.model.attention import attend, choose_kernel, document_mask
 from scalellm.model.decoder import SelfAttention
+from scalellm.strategies._context_collectives import (
+    GatherRows,
+    HeadsForPositions,
+    PositionsForHeads,
+)
 
 Method = Literal["gather", "ulysses"]
-
-# Their names since torch 2.13.
-_all_gather = getattr(tdist, "all_gather_single", None) or tdist.all_gather_into_tensor
-_reduce_scatter = getattr(tdist, "reduce_scatter_single", None) or tdist.reduce_scatter_tensor
 
 # Queries of one product without documents. Its mask is T times as large and there is one of it;
 # torch 2.13's CPU kernel is as fast with 256 as with 2,048 (6,144 earlier keys, fp32).
@@ -147,7 +147,7 @@ class Context:
         """`attend` over the whole rows, of which each rank gives and gets its own positions."""
         if self.method == "ulysses":
             return self._exchange_and_mix(q_BHtD, k_BGtD, v_BGtD, mask_B1TT, kernel)
-        kv_2BGTD = _GatherRows.apply(torch.stack((k_BGtD, v_BGtD)), self)
+        kv_2BGTD = GatherRows.apply(torch.stack((k_BGtD, v_BGtD)), self.group, self.size)
         k_BGTD, v_BGTD = kv_2BGTD
         T = k_BGTD.shape[2]
         # Of what no query of a block may see nothing is computed. Without documents one small mask
@@ -187,10 +187,10 @@ class Context:
         """Rank i attends with the i-th share of the query heads and with the i-th of the others."""
         shares_BNhtD = [x.unflatten(1, (self.size, -1)) for x in (q_BHtD, k_BGtD, v_BGtD)]
         sizes = [share.shape[2] for share in shares_BNhtD]
-        qkv_BhTD = _HeadsForPositions.apply(torch.cat(shares_BNhtD, dim=2), self)
+        qkv_BhTD = HeadsForPositions.apply(torch.cat(shares_BNhtD, dim=2), self.group, self.size)
         q_BhTD, k_BgTD, v_BgTD = qkv_BhTD.split(sizes, dim=1)
         y_BhTD = attend(q_BhTD, k_BgTD, v_BgTD, mask_B1TT, kernel)
-        y_BNhtD: Tensor = _PositionsForHeads.apply(y_BhTD, self)
+        y_BNhtD: Tensor = PositionsForHeads.apply(y_BhTD, self.group, self.size)
         return y_BNhtD.flatten(1, 2)
 
 
@@ -246,76 +246,3 @@ def _causal_strip(q: int, T: int, dtype: torch.dtype, device: torch.device) -> T
             strip_qT = torch.zeros(q, T, dtype=dtype, device=device)
             strip_qT.masked_fill_(hidden_qT, -torch.inf)
     return strip_qT.view(1, 1, q, T)
-
-
-class _GatherRows(torch.autograd.Function):
-    """Keys and values (2, B, G, t, D) of this rank to those of whole rows, (2, B, G, T, D)."""
-
-    @staticmethod
-    def forward(ctx: Any, kv_2BGtD: Tensor, context: Context) -> Tensor:
-        ctx.context = context
-        # Chunks go first, so that the ranks' parts, one behind the other, are chunks again.
-        sent_22BGcD = kv_2BGtD.unflatten(3, (2, -1)).movedim(3, 0).contiguous()
-        gathered_C2BGcD = sent_22BGcD.new_empty(2 * context.size, *sent_22BGcD.shape[1:])
-        _all_gather(gathered_C2BGcD, sent_22BGcD, group=context.group)
-        order_C = torch.tensor(_places(context.size), device=kv_2BGtD.device).argsort()
-        return gathered_C2BGcD.movedim(0, 3).index_select(3, order_C).flatten(3, 4)
-
-    @staticmethod
-    def backward(ctx: Any, grad_2BGTD: Tensor) -> tuple[Tensor, None]:
-        context: Context = ctx.context
-        places_C = torch.tensor(_places(context.size), device=grad_2BGTD.device)
-        grad_C2BGcD = grad_2BGTD.unflatten(3, (2 * context.size, -1)).movedim(3, 0)
-        sent_C2BGcD = grad_C2BGcD.index_select(0, places_C)
-        summed_22BGcD = sent_C2BGcD.new_empty(2, *sent_C2BGcD.shape[1:])
-        _reduce_scatter(summed_22BGcD, sent_C2BGcD.contiguous(), group=context.group)
-        return summed_22BGcD.movedim(0, 3).flatten(3, 4), None
-
-
-def _places(size: int) -> list[int]:
-    """Returns the chunks of the row, in the order in which ranks hold them."""
-    return [chunk for rank in range(size) for chunk in (rank, 2 * size - 1 - rank)]
-
-
-class _HeadsForPositions(torch.autograd.Function):
-    """All heads of some positions, (B, N, h, t, D), to some heads of all, (B, h, T, D)."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BNhtD: Tensor, context: Context) -> Tensor:
-        ctx.context = context
-        return _to_positions(x_BNhtD, context)
-
-    @staticmethod
-    def backward(ctx: Any, grad_BhTD: Tensor) -> tuple[Tensor, None]:
-        return _to_heads(grad_BhTD, ctx.context), None
-
-
-class _PositionsForHeads(torch.autograd.Function):
-    """The inverse of `_HeadsForPositions`."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BhTD: Tensor, context: Context) -> Tensor:
-        ctx.context = context
-        return _to_heads(x_BhTD, context)
-
-    @staticmethod
-    def backward(ctx: Any, grad_BNhtD: Tensor) -> tuple[Tensor, None]:
-        return _to_positions(grad_BNhtD, ctx.context), None
-
-
-def _to_positions(x_BNhtD: Tensor, context: Context) -> Tensor:
-    received_NBhtD = _all_to_all(x_BNhtD.movedim(1, 0), context)
-    return received_NBhtD.movedim(0, 2).flatten(2, 3)
-
-
-def _to_heads(x_BhTD: Tensor, context: Context) -> Tensor:
-    x_NBhtD = x_BhTD.unflatten(2, (context.size, -1)).movedim(2, 0)
-    return _all_to_all(x_NBhtD, context).movedim(0, 1)
-
-
-def _all_to_all(x_N: Tensor, context: Context) -> Tensor:
-    """Sends the i-th part to rank i; returns what they sent, in the order of ranks."""
-    sent_N = x_N.contiguous()
-    received_N = torch.empty_like(sent_N)
-    tdist.all_to_all_single(received_N, sent_N, group=context.group)
-    return received_N
