@@ -119,11 +119,11 @@ def _check_layers(schedule: str, ranks: int, per_rank: int, num_layers: int) -> 
     if num_stages <= num_layers:
         return
     fitting = num_layers // per_rank
-    ways = [f"strategy.pp={fitting}"] if fitting > 1 else []
+    ways = [f"strategy.mesh.pp={fitting}"] if fitting > 1 else []
     ways += ["strategy.schedule=1f1b"] if per_rank > 1 and ranks <= num_layers else []
     ways += [f"model.num_layers={num_stages}"]
     raise ConfigError(
-        f"strategy.pp={ranks} ranks with strategy.schedule={schedule} are {num_stages} stages of "
+        f"strategy.mesh.pp={ranks} ranks with strategy.schedule={schedule} are {num_stages} stages of "
         f"at least one layer, but model.num_layers={num_layers}; use {' or '.join(ways)}"
     )
 
@@ -131,9 +131,9 @@ def _check_layers(schedule: str, ranks: int, per_rank: int, num_layers: int) -> 
 def _check_micro_batches(schedule: str, ranks: int, micro_batches: int) -> None:
     below = micro_batches // ranks * ranks
     if schedule == "1f1b" and micro_batches < ranks:
-        need, fitting = f"at least as many as the {ranks} ranks of strategy.pp", [ranks]
+        need, fitting = f"at least as many as the {ranks} ranks of strategy.mesh.pp", [ranks]
     elif schedule == "interleaved" and micro_batches % ranks:
-        need = f"a multiple of the {ranks} ranks of strategy.pp"
+        need = f"a multiple of the {ranks} ranks of strategy.mesh.pp"
         fitting = [number for number in (below, below + ranks) if number]
     else:
         return

@@ -37,8 +37,8 @@ MODEL = ModelConfig(
 
 def step(part: Part, context: Context, batch: Batch) -> float:
     """Returns the mean loss before the step."""
-    local, mask = context.local(batch)
-    loss = part(local.tokens_BT, local.targets_BT, positions_BT=local.positions_BT, mask_B1TS=mask)
+    local = context.local(batch)
+    loss = part(local.tokens_BT, local.targets_BT, positions_BT=local.positions_BT)
     (loss / batch.targets_BT.numel()).backward()
     total = loss.detach().clone()
     tdist.all_reduce(total)

@@ -87,12 +87,15 @@ def divided(
             block.compile(backend="aot_eager")
     else:
         apply_transforms(decoder, TrainConfig.model_validate(train))
-    batch, mask = context.local(make_batch(documents=documents))
+    batch = context.local(make_batch(documents=documents))
     part = Part(decoder)
 
     def share() -> Tensor:
         share: Tensor = part(
-            batch.tokens_BT, batch.targets_BT, positions_BT=batch.positions_BT, mask_B1TS=mask
+            batch.tokens_BT,
+            batch.targets_BT,
+            positions_BT=batch.positions_BT,
+            mask_B1TS=batch.mask_B1TS,
         )
         return share
 
@@ -165,7 +168,7 @@ def in_bf16(method: Method) -> Result:
     decoder = make_decoder({}).float()
     context = Context(None, world.rank, world.world_size, method)
     apply(decoder, context)
-    batch, _ = context.local(make_batch())
+    batch = context.local(make_batch())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = decoder(batch.tokens_BT, batch.targets_BT, positions_BT=batch.positions_BT)
     loss.backward()
@@ -201,7 +204,8 @@ def test_every_position_is_of_one_rank_and_all_have_as_much_to_see(size: int) ->
     batch = replace(make_batch(), documents_BT=torch.zeros(2, T, dtype=torch.long))
     owned, seen = [], set()
     for rank in range(size):
-        local, mask = Context(None, rank, size, "gather").local(batch)
+        local = Context(None, rank, size, "gather").local(batch)
+        mask = local.mask_B1TS
         assert mask is not None
         assert local.positions_BT is not None
         assert mask.shape == (2, 1, T // size, T)
