@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,15 @@ from scalellm.dist import World, ranks
 from scalellm.errors import UserError
 from scalellm.metrics import peak_rss_bytes, rss_bytes
 from scalellm.model import count_parameters
-from scalellm.parity import VARIANTS, Task, build, train_steps
+from scalellm.parity import VARIANTS, Task, Variant, build, train_steps
+from scalellm.strategies._pipeline_cut import split_layers
+from scalellm.strategies._pipeline_schedule import owner_of, stages_per_rank
 from scalellm.train.folder import describe_environment
 
 MIB = 1 << 20
 SHAPE = {"num_heads": 8, "num_kv_heads": 8, "vocab_size": 8209, "seq_len": 32}
 SIZES = {
-    "tiny": {"num_layers": 2, "hidden_size": 64},
+    "tiny": {"num_layers": 4, "hidden_size": 64},
     "40m": {"num_layers": 12, "hidden_size": 512},
     "150m": {"num_layers": 20, "hidden_size": 768},
 }
@@ -107,8 +110,9 @@ def _work(args: argparse.Namespace) -> int:
         model = _model(args)
         task = Task(model, 2, "fp32", global_batch=4)
         # Imports, groups and kernels are there before the baseline is taken.
-        warm = task.__class__(ModelConfig.model_validate({**SHAPE, **SIZES["tiny"]}), 1, "fp32", 4)
-        _run(warm, variant.name, variant.options, world)
+        task = task.of(variant)
+        warm_model = ModelConfig.model_validate({**SHAPE, **SIZES["tiny"]})
+        _run(replace(task, model=warm_model, steps=1), variant.name, variant.options, world)
         baseline_bytes = rss_bytes()
         _reset_peak()
         memory = _run(task, variant.name, variant.options, world)
@@ -116,7 +120,7 @@ def _work(args: argparse.Namespace) -> int:
         row = {
             "memory": memory,
             "peak_bytes": peak_rss_bytes() - baseline_bytes,
-            "theory_bytes": _theory_bytes(args, variant, sharding),
+            "theory_bytes": _theory_bytes(_parameters(variant, model), variant, sharding),
             "is_sharded": sharding.parameters == world.world_size,
         }
         (args.worker / f"{world.rank}.json").write_text(json.dumps(row))
@@ -141,13 +145,32 @@ def _sharding(name: str, options: dict[str, Any], world: World, task: Task) -> s
     return strategy.sharding(parsed, world, train)
 
 
-def _theory_bytes(args: argparse.Namespace, variant: Any, sharding: strategies.Sharding) -> int:
+def _parameters(variant: Variant, model: ModelConfig) -> int:
+    """All of them; of a pipeline as many as would be if all stages were like the fullest one."""
+    parameters = count_parameters(model)
+    ranks = variant.options.get("mesh", {}).get("pp", 1)
+    if ranks == 1:
+        return parameters
+    embedding = (model.vocab_size or 0) * model.hidden_size
+    layer = (parameters - embedding - model.hidden_size) // model.num_layers
+    schedule = variant.options["schedule"]
+    stages = split_layers(model, ranks * stages_per_rank(schedule))
+    held = [0] * ranks
+    for stage, layers in enumerate(stages):
+        ends = (stage == 0) + (stage == len(stages) - 1)  # tied: one copy at either end
+        if schedule == "zero_bubble" and stage == len(stages) - 1:
+            ends = 0  # the rank of the first stage has it
+        held[owner_of(schedule, stage, ranks)] += len(layers) * layer + ends * embedding
+    return max(held) * ranks
+
+
+def _theory_bytes(parameters: int, variant: Variant, sharding: strategies.Sharding) -> int:
     # ZeRO 1 and 2 update a master copy of their part of the weights.
     masters = 4 if variant.options.get("stage") in (1, 2) else 0
     bytes_a_parameter = (
         4 / sharding.parameters + 4 / sharding.gradients + (8 + masters) / sharding.optimizer
     )
-    return int(bytes_a_parameter * count_parameters(_model(args)))
+    return int(bytes_a_parameter * parameters)
 
 
 def _reset_peak() -> None:

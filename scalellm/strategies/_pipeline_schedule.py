@@ -123,8 +123,8 @@ def _check_layers(schedule: str, ranks: int, per_rank: int, num_layers: int) -> 
     ways += ["strategy.schedule=1f1b"] if per_rank > 1 and ranks <= num_layers else []
     ways += [f"model.num_layers={num_stages}"]
     raise ConfigError(
-        f"strategy.mesh.pp={ranks} ranks with strategy.schedule={schedule} are {num_stages} stages of "
-        f"at least one layer, but model.num_layers={num_layers}; use {' or '.join(ways)}"
+        f"strategy.mesh.pp={ranks} ranks with strategy.schedule={schedule} are {num_stages} stages "
+        f"of at least one layer, but model.num_layers={num_layers}; use {' or '.join(ways)}"
     )
 
 

@@ -14,8 +14,10 @@ from torch import Tensor
 from scalellm.batches import Batch
 from scalellm.config import ModelConfig, TrainConfig
 from scalellm.dist import detect
+from scalellm.errors import ConfigError
 from scalellm.model import IGNORED_TARGET, Decoder
-from scalellm.strategies._context import Context, Method, apply
+from scalellm.strategies import _context
+from scalellm.strategies._context import Context, Method, apply, check_context
 from scalellm.strategies._part import Part
 from scalellm.strategies._transforms import apply_transforms, canonical_fqn
 
