@@ -54,7 +54,8 @@ class Pipeline:
 
     Args:
         parts: (stage index, part) in ascending order: those that `stages_of` names. They may be
-            FSDP modules with `reshard_after_forward=False`, which reduce gradients once a step.
+            FSDP modules: what they gather for a step is kept to its end, when they reduce
+            gradients once (zero bubble would lose gradients otherwise).
         group: the pipeline's ranks; stage s is on rank `owner_of(schedule, s, ranks)` of it.
         activation_dtype: of what goes from stage to stage; None: that of the parameters, which is
             right under autocast too, where residual streams stay wide.
@@ -79,6 +80,9 @@ class Pipeline:
         self.parameter_dtype = parameter.dtype
         self.activation_dtype = activation_dtype or parameter.dtype
         self.autocast_dtype = autocast_dtype
+        for part in self.parts.values():
+            if isinstance(part, FSDPModule):
+                part.set_reshard_after_forward(False)
         self.time: StepTime | None = None
         self._stages: list[Stage] = []
         self._runner: _PipelineSchedule | None = None

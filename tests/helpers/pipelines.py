@@ -176,7 +176,7 @@ def trained_in_pipeline(
     if shards > 1:
         for part in parts:
             for block in (*part.module.layers.children(), part):
-                fully_shard(block, mesh=mesh["fsdp"], reshard_after_forward=False)
+                fully_shard(block, mesh=mesh["fsdp"])  # with the default, which must not matter
     else:
         share_embedding(parts)
     device = torch.device("cpu")

@@ -47,8 +47,8 @@ def check(
             "zero_bubble",
             2,
             4,
-            {"train": {"activation_checkpointing": "selective"}},
-            r"activation_checkpointing=selective .*use full or none",
+            {"train": {"activation_checkpointing": "full"}},
+            r"activation_checkpointing=full .*use none",
         ),
         (
             "1f1b",
@@ -72,7 +72,7 @@ def test_what_is_refused(
         ("gpipe", 6, 1, {"compile": True}),
         ("1f1b", 6, 6, {"activation_checkpointing": "selective"}),
         ("interleaved", 3, 6, {"compile": True}),
-        ("zero_bubble", 3, 1, {"activation_checkpointing": "full"}),
+        ("zero_bubble", 3, 1, {}),
     ],
 )
 def test_what_is_not(schedule: str, ranks: int, micro_batches: int, train: Any) -> None:
