@@ -93,6 +93,10 @@ class Pipeline:
     def holds_last(self) -> bool:
         return self.num_stages - 1 in self.parts
 
+    def close(self) -> None:
+        """Lets go of the group: torch's schedule and this object refer to each other."""
+        self._runner, self._built_for, self._stages = None, None, []
+
     # -- one optimizer step -----------------------------------------------------------------
 
     def run(self, batches: Sequence[Batch], scale: float) -> list[Tensor]:
@@ -120,7 +124,7 @@ class Pipeline:
             # The targets of `step` are only numbers of micro-batches: each stage has its own.
             runner.step(target=torch.arange(len(batches)), return_outputs=False)
         except BaseException:
-            self._built_for = None  # torch's object is in the middle of a step
+            self.close()  # torch's schedule is in the middle of a step
             raise
         self.time = StepTime(step, start, step.clock.now())
         return [step.losses.get(index, self._zero()) for index in range(len(batches))]

@@ -196,4 +196,5 @@ def trained_in_pipeline(
         outcome.evaluated.append(pipeline.evaluate(unseen(config, seq_len)))
         kinds = {isinstance(p, DTensor) for part in parts for p in part.parameters()}
         assert kinds == {shards > 1}  # evaluation gives gathered parameters up
+    pipeline.close()
     return outcome
