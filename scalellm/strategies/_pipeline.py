@@ -8,7 +8,6 @@ Shapes: B rows of a micro-batch, T tokens of a row, C features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,20 +25,28 @@ from scalellm.strategies._pipeline_schedule import Action, make_schedule, owner_
 from scalellm.strategies._pipeline_stage import Clock, Stage, Step, autocast, keywords_of
 
 
-@dataclass(frozen=True)
 class StepTime:
-    """A rank's last step; `seconds` are of its computations, in their order.
+    """Where the time of a rank's last step went; on a GPU, reading it waits for the step's end.
 
     What FSDP gathers inside a forward or backward counts as computing.
     """
 
-    wall_s: float
-    seconds: list[tuple[Action, float]]
+    def __init__(self, step: Step, start: Any, end: Any) -> None:
+        self._clock, self._spans, self._start, self._end = step.clock, step.spans, start, end
+
+    @property
+    def wall_s(self) -> float:
+        return self._clock.seconds(self._start, self._end)
+
+    @property
+    def computations(self) -> list[tuple[Action, float]]:
+        """Computations in their order, with the seconds each took."""
+        return [(action, self._clock.seconds(*span)) for action, *span in self._spans]
 
     @property
     def bubble(self) -> float:
         """The part of the step in which the rank did not compute."""
-        return 1.0 - sum(seconds for _, seconds in self.seconds) / self.wall_s
+        return 1.0 - sum(seconds for _, seconds in self.computations) / self.wall_s
 
 
 class Pipeline:
@@ -47,7 +54,8 @@ class Pipeline:
 
     Args:
         parts: (stage index, part) in ascending order: those that `stages_of` names. They may be
-            FSDP modules with `reshard_after_forward=False`, which reduce gradients once a step.
+            FSDP modules: what they gather for a step is kept to its end, when they reduce
+            gradients once (zero bubble would lose gradients otherwise).
         group: the pipeline's ranks; stage s is on rank `owner_of(schedule, s, ranks)` of it.
         tokens_divided: ranks that have each a part of the tokens between blocks.
         activation_dtype: of what goes from stage to stage; None: that of the parameters, which is
@@ -75,6 +83,9 @@ class Pipeline:
         self.activation_dtype = activation_dtype or parameter.dtype
         self.tokens_divided = tokens_divided
         self.autocast_dtype = autocast_dtype
+        for part in self.parts.values():
+            if isinstance(part, FSDPModule):
+                part.set_reshard_after_forward(False)
         self.time: StepTime | None = None
         self._stages: list[Stage] = []
         self._runner: _PipelineSchedule | None = None
@@ -84,6 +95,10 @@ class Pipeline:
     @property
     def holds_last(self) -> bool:
         return self.num_stages - 1 in self.parts
+
+    def close(self) -> None:
+        """Lets go of the group: torch's schedule and this object refer to each other."""
+        self._runner, self._built_for, self._stages = None, None, []
 
     # -- one optimizer step -----------------------------------------------------------------
 
@@ -112,11 +127,9 @@ class Pipeline:
             # The targets of `step` are only numbers of micro-batches: each stage has its own.
             runner.step(target=torch.arange(len(batches)), return_outputs=False)
         except BaseException:
-            self._built_for = None  # torch's object is in the middle of a step
+            self.close()  # torch's schedule is in the middle of a step
             raise
-        end = step.clock.now()
-        seconds = [(action, step.clock.seconds(a, b)) for action, a, b in step.spans]
-        self.time = StepTime(step.clock.seconds(start, end), seconds)
+        self.time = StepTime(step, start, step.clock.now())
         return [step.losses.get(index, self._zero()) for index in range(len(batches))]
 
     def _prepare(self, micro_batches: int, shape: torch.Size) -> _PipelineSchedule:

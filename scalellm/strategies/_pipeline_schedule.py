@@ -145,22 +145,21 @@ def _check_micro_batches(schedule: str, ranks: int, micro_batches: int) -> None:
 
 
 def _check_split_backward(model: ModelConfig, train: TrainConfig) -> None:
-    """Zero bubble walks a forward's graph twice: for the inputs, and later for the weights."""
+    """Zero bubble walks a forward's graph for the inputs, and later for one weight after another.
+
+    Selective checkpointing forbids that, full checkpointing would recompute a block each time.
+    """
     checkpointing = train.activation_checkpointing
     refused = [
         (train.compile, "train.compile=true", "false"),
         (model.loss_chunk_tokens > 0, f"model.loss_chunk_tokens={model.loss_chunk_tokens}", "0"),
-        (
-            checkpointing in ("selective", "alternate"),
-            f"train.activation_checkpointing={checkpointing}",
-            "full or none",
-        ),
+        (checkpointing != "none", f"train.activation_checkpointing={checkpointing}", "none"),
     ]
     for is_set, given, fitting in refused:
         if is_set:
             raise ConfigError(
-                f"{given} computes a backward in one go, but strategy.schedule=zero_bubble takes "
-                f"it in two; use {fitting}, or strategy.schedule=interleaved"
+                f"{given} needs a backward in one go, which strategy.schedule=zero_bubble takes in "
+                f"parts; use {fitting}, or strategy.schedule=interleaved"
             )
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,10 +16,12 @@ from torch.distributed.tensor import DTensor
 from scalellm.batches import Batch
 from scalellm.config import ModelConfig, TrainConfig
 from scalellm.model import Decoder, RowLosses
+from scalellm.model.attention import document_mask
 from scalellm.strategies._part import Part
 from scalellm.strategies._pipeline import Pipeline
 from scalellm.strategies._pipeline_cut import cut, named_parameters, share_embedding, split_layers
-from scalellm.strategies._pipeline_schedule import stages_of, stages_per_rank
+from scalellm.strategies._pipeline_schedule import Action, stages_of, stages_per_rank
+from scalellm.strategies._pipeline_stage import MaskedBatch
 from scalellm.strategies._transforms import apply_transforms
 
 SHAPE = {
@@ -38,7 +40,9 @@ class Outcome:
     row_losses: list[list[Tensor]] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     copies: list[Tensor] = field(default_factory=list)
-    evaluated: float = 0.0
+    evaluated: list[Tensor] = field(default_factory=list)
+    orders: list[list[Action]] = field(default_factory=list)
+    bubbles: list[float] = field(default_factory=list)
 
 
 def decoder(config: ModelConfig) -> Decoder:
@@ -61,6 +65,27 @@ def batches_of(step: int, config: ModelConfig, count: int, seq_len: int = 16) ->
     return batches
 
 
+def unseen(config: ModelConfig, seq_len: int) -> Batch:
+    """Other rows, and another number of them."""
+    tokens, targets = zip(
+        *((b.tokens_BT, b.targets_BT) for b in batches_of(99, config, 2, seq_len)), strict=True
+    )
+    return Batch(torch.cat(tokens)[:3], torch.cat(targets)[:3])
+
+
+def masked(batch: Batch) -> Batch:
+    """The same, with the mask given that the documents make."""
+    if batch.documents_BT is None:
+        return batch
+    return MaskedBatch(
+        batch.tokens_BT,
+        batch.targets_BT,
+        batch.positions_BT,
+        row_losses=batch.row_losses,
+        mask_B1TS=document_mask(batch.documents_BT),
+    )
+
+
 def row_losses_of(batches: list[Batch]) -> list[Tensor]:
     filled = [batch.row_losses.losses_B for batch in batches if batch.row_losses]
     return [losses_B for losses_B in filled if losses_B is not None]
@@ -74,18 +99,17 @@ def trained_whole(
     model, outcome = decoder(config), Outcome()
     for step, seq_len in enumerate(lengths):
         batches = batches_of(step, config, count * groups, seq_len)
-        losses = [_forward(model, batch) for batch in batches]
+        losses = [forward(model, batch) for batch in batches]
         (SCALE * torch.stack(losses).sum()).backward()
         outcome.losses.append(torch.stack(losses).detach())
         outcome.row_losses.append(row_losses_of(batches))
         _descend(outcome, [(name, p, True) for name, p in model.named_parameters()])
-    with torch.no_grad():
-        [batch] = batches_of(99, config, 1, lengths[-1])
-        outcome.evaluated = float(_forward(model, batch))
+        with torch.no_grad():
+            outcome.evaluated.append(forward(model, unseen(config, seq_len)))
     return outcome
 
 
-def _forward(model: nn.Module, batch: Batch) -> Tensor:
+def forward(model: nn.Module, batch: Batch) -> Tensor:
     loss: Tensor = model(
         batch.tokens_BT,
         batch.targets_BT,
@@ -112,8 +136,15 @@ def _descend(outcome: Outcome, parameters: list[tuple[str, nn.Parameter, bool]])
     outcome.gradients.append(gradients)
 
 
+def _transform(part: Part, train: dict[str, Any]) -> None:
+    original = nn.Module.compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "compile", lambda self: original(self, backend="aot_eager"))
+        apply_transforms(part.module, TrainConfig.model_validate(train))
+
+
 def make_parts(
-    config: ModelConfig, schedule: str, rank: int, ranks: int, per_rank: int, train: TrainConfig
+    config: ModelConfig, schedule: str, rank: int, ranks: int, per_rank: int, train: dict[str, Any]
 ) -> list[tuple[int, Part]]:
     num_stages = ranks * per_rank
     whole, layers = decoder(config), split_layers(config, num_stages)
@@ -121,7 +152,7 @@ def make_parts(
     for stage in stages_of(schedule, rank, ranks, per_rank):
         last = stage == num_stages - 1
         part = cut(copy.deepcopy(whole), layers[stage], is_first=stage == 0, is_last=last)
-        apply_transforms(part.module, train)
+        _transform(part, train)
         parts.append((stage, part))
     return parts
 
@@ -133,7 +164,6 @@ def trained_in_pipeline(
     count: int,
     shards: int = 1,
     train: dict[str, Any] | None = None,
-    after: Callable[[Pipeline], Any] | None = None,
 ) -> Outcome:
     """One rank's part of `trained_whole`; with `shards` FSDP divides each stage among as many."""
     config = ModelConfig.model_validate({**SHAPE, **shape})
@@ -141,27 +171,30 @@ def trained_in_pipeline(
     mesh = init_device_mesh("cpu", (ranks, shards), mesh_dim_names=("pp", "fsdp"))
     rank, shard = mesh.get_local_rank("pp"), mesh.get_local_rank("fsdp")
     per_rank = stages_per_rank(schedule)
-    options = TrainConfig.model_validate(train or {})
-    parts = make_parts(config, schedule, rank, ranks, per_rank, options)
+    numbered = make_parts(config, schedule, rank, ranks, per_rank, train or {})
+    parts = [part for _, part in numbered]
     if shards > 1:
-        for _, part in parts:
-            for block in part.module.layers.children():
-                fully_shard(block, mesh=mesh["fsdp"], reshard_after_forward=False)
-            fully_shard(part, mesh=mesh["fsdp"], reshard_after_forward=False)
+        for part in parts:
+            for block in (*part.module.layers.children(), part):
+                fully_shard(block, mesh=mesh["fsdp"])  # with the default, which must not matter
     else:
-        share_embedding([part for _, part in parts])
+        share_embedding(parts)
     device = torch.device("cpu")
-    pipeline = Pipeline(parts, ranks * per_rank, mesh.get_group("pp"), device, schedule)
+    pipeline = Pipeline(numbered, ranks * per_rank, mesh.get_group("pp"), device, schedule)
     outcome = Outcome()
     for step, seq_len in enumerate(lengths):
         batches = batches_of(step, config, count * shards, seq_len)[shard * count :][:count]
-        losses = pipeline.run(batches, SCALE * shards)
+        # The same by documents and by masks.
+        given = [masked(batch) if index == 1 else batch for index, batch in enumerate(batches)]
+        outcome.losses.append(torch.stack(pipeline.run(given, SCALE * shards)))
+        outcome.row_losses.append(row_losses_of(given))
+        assert pipeline.time is not None
+        outcome.orders.append([action for action, _ in pipeline.time.computations])
+        outcome.bubbles.append(pipeline.time.bubble)
         pipeline.sync_tied()
-        outcome.losses.append(torch.stack(losses))
-        outcome.row_losses.append(row_losses_of(batches))
-        _descend(outcome, list(named_parameters([part for _, part in parts])))
-    [batch] = batches_of(99, config, 1, lengths[-1])
-    outcome.evaluated = float(pipeline.evaluate(batch))
-    if after is not None:
-        after(pipeline)
+        _descend(outcome, list(named_parameters(parts)))
+        outcome.evaluated.append(pipeline.evaluate(unseen(config, seq_len)))
+        kinds = {isinstance(p, DTensor) for part in parts for p in part.parameters()}
+        assert kinds == {shards > 1}  # evaluation gives gathered parameters up
+    pipeline.close()
     return outcome
