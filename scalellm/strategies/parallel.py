@@ -340,6 +340,9 @@ class Parallel(Strategy):
         return self._counts(list(self._names)[index])
 
     def close(self) -> None:
+        pipeline: Pipeline | None = getattr(self, "_pipeline", None)
+        if pipeline is not None:
+            pipeline.close()
         if hasattr(self, "mesh") and tdist.is_initialized():
             self.mesh.close()
 

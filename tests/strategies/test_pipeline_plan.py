@@ -36,8 +36,20 @@ def check(
 @pytest.mark.parametrize(
     ("schedule", "ranks", "micro_batches", "changes", "message"),
     [
-        ("1f1b", 8, 8, {}, r"8 stages .*num_layers=6; use strategy\.pp=6 or model\.num_layers=8$"),
-        ("zero_bubble", 4, 8, {}, r"8 stages .*use strategy\.pp=3 or strategy\.schedule=1f1b or"),
+        (
+            "1f1b",
+            8,
+            8,
+            {},
+            r"8 stages .*num_layers=6; use strategy\.mesh\.pp=6 or model\.num_layers=8$",
+        ),
+        (
+            "zero_bubble",
+            4,
+            8,
+            {},
+            r"8 stages .*use strategy\.mesh\.pp=3 or strategy\.schedule=1f1b or",
+        ),
         ("1f1b", 4, 3, {}, r"at least as many as the 4 ranks .* not 3 micro-batches .*use 4 \("),
         ("interleaved", 3, 7, {}, r"a multiple of the 3 .* not 7 micro-batches .*use 6 or 9 \("),
         ("interleaved", 3, 2, {}, r"use 3 \("),
