@@ -16,7 +16,8 @@ from scalellm.config import Config
 from scalellm.dist import World
 from scalellm.errors import ConfigError, UserError
 from scalellm.model import Decoder
-from scalellm.plan._fakes import fake_group, kernels_of
+from scalellm.plan._fakes import fake_group, kernels_of, real_meshes, replaced_parameters
+from scalellm.plan._ranks import ranks_of
 from scalellm.plan._steps import STEP, Step
 from scalellm.plan._zero_steps import ZeroStep, answering, can_run_dry, dry_options
 from scalellm.plan.allocator import Event
@@ -44,9 +45,9 @@ class Trace:
     first_times: int
 
 
-def record(config: Config, world_size: int, device_type: str) -> Trace:
-    """Returns the trace of a step of rank 0; arguments and errors as of `dry_run`."""
-    return _record(config, world_size, device_type)[0]
+def record(config: Config, world_size: int, device_type: str, rank: int = 0) -> Trace:
+    """Returns the trace of a step of one rank; arguments and errors as of `dry_run`."""
+    return _record(config, world_size, device_type, rank)[0]
 
 
 def record_events(config: Config, world_size: int, device_type: str) -> tuple[Trace, list[Event]]:
@@ -55,20 +56,23 @@ def record_events(config: Config, world_size: int, device_type: str) -> tuple[Tr
     return trace, live.events()
 
 
-def _record(config: Config, world_size: int, device_type: str) -> tuple[Trace, LiveBytes]:
+def _record(
+    config: Config, world_size: int, device_type: str, rank: int = 0
+) -> tuple[Trace, LiveBytes]:
     _check(config, world_size, device_type)
     config = as_on(config, device_type)
-    world = World(rank=0, world_size=world_size, launcher="the planner")
-    strategy_class = strategies.resolve(config.strategy.name)
-    options = strategies.parse_options(config.strategy, strategy_class, world, config.train)
-    plan = config.batches(world_size)
+    here = ranks_of(config, world_size, rank)
+    world, strategy_class, options = here.world, here.strategy, here.options
+    plan = here.batches
     sharding = strategy_class.sharding(options, world, config.train)
     away: Any = sharding.offloaded if device_type != "cpu" else frozenset()
     live = LiveBytes(gloo=device_type == "cpu")
     model = _meta_model(config)
     with ExitStack() as stack:
         if strategy_class.needs_process_group:
-            stack.enter_context(fake_group(world_size))
+            stack.enter_context(fake_group(world_size, rank))
+            stack.enter_context(real_meshes())
+            stack.enter_context(replaced_parameters())
         stack.enter_context(live.watching_resizes())
         stack.enter_context(kernels_of(device_type))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

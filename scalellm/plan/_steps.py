@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -59,7 +60,7 @@ class Step:
             self.buckets.live = live
             live.call("gradients", self.buckets.tensors)
         self.call_parameters()
-        for index, block in enumerate(self.strategy.model.get_submodule("layers").children()):
+        for index, block in _blocks(self.strategy.model):
             self._mark_passes(block, index)
 
     def take(self, rows: int, micro_batches: int, device_type: str) -> None:
@@ -157,6 +158,13 @@ class Step:
             positions_BT=None if documents is None else documents[:, 1:],
             documents_BT=None if documents is None else documents[:, 1:],
         )
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+    """The decoder's blocks that a rank holds, by their number in the whole of it."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "layers":
+            yield from ((int(index), block) for index, block in module.named_children())
 
 
 class _BareDDP(DDP):

@@ -14,8 +14,8 @@ from fractions import Fraction
 
 from scalellm import strategies
 from scalellm.config import Config, TrainConfig
-from scalellm.dist import World
 from scalellm.model import count_parameters
+from scalellm.plan._ranks import batches_of, data_world_size, ranks_of
 from scalellm.plan._record import Trace, engine_runs_dry, is_deepspeed, record
 from scalellm.plan._steps import FEW_LAYERS
 from scalellm.plan._zero_memory import zero_memory
@@ -40,7 +40,7 @@ def estimate(config: Config, world_size: int, device_type: str = "cuda") -> Memo
     memory = _uncompiled(config, world_size, device_type)
     if not config.train.compile:
         return memory
-    micro_batch = config.batches(world_size).micro_batch_size
+    micro_batch = batches_of(config, world_size).micro_batch_size
     spared_bytes = spared_by_compiling(config, micro_batch, device_type)
     kept_bytes = max(0, memory.activations_bytes - spared_bytes)
     return replace(memory, activations_bytes=kept_bytes)
@@ -70,13 +70,14 @@ def _recorded(config: Config, world_size: int, device_type: str, layers: int) ->
 
 def _small(config: Config, world_size: int, layers: int) -> Config:
     """Only what a step's memory depends on, so that plans which differ elsewhere share a trace."""
-    plan = config.batches(world_size)
+    data_ranks = data_world_size(config, world_size)
+    plan = config.batches(data_ranks)
     train = TrainConfig(
         precision=config.train.precision,
         activation_checkpointing=config.train.activation_checkpointing,
         grad_clip=config.train.grad_clip,
         micro_batch_size=plan.micro_batch_size,
-        global_batch_size=plan.micro_batch_size * min(plan.grad_accumulation, 2) * world_size,
+        global_batch_size=plan.micro_batch_size * min(plan.grad_accumulation, 2) * data_ranks,
     )
     model = config.model.model_copy(update={"num_layers": layers})
     return config.model_copy(update={"model": model, "train": train})
@@ -84,11 +85,9 @@ def _small(config: Config, world_size: int, layers: int) -> Config:
 
 def _by_word(config: Config, world_size: int, device_type: str) -> Memory:
     """A strategy whose workings are not known, divided as it says itself."""
-    strategy_class = strategies.resolve(config.strategy.name)
-    world = World(world_size=world_size, launcher="the planner")
-    options = strategies.parse_options(config.strategy, strategy_class, world, config.train)
-    sharding = strategy_class.sharding(options, world, config.train)
-    micro_batch = config.batches(world_size).micro_batch_size
+    here = ranks_of(config, world_size)
+    sharding = here.strategy.sharding(here.options, here.world, config.train)
+    micro_batch = here.batches.micro_batch_size
     kept_bytes, beyond_bytes = activations(
         config.model, config.train, micro_batch, config.model.seq_len, device_type
     )

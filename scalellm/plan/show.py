@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from scalellm.model import count_parameters
+from scalellm.plan._ranks import batches_of
 from scalellm.plan.candidates import Candidate
 from scalellm.plan.choose import MARGIN, Plan
 from scalellm.plan.devices import Efficiency
@@ -62,7 +63,7 @@ def _memory_table(plan: Plan) -> str:
 
 def _choice(row: Candidate) -> list[str]:
     assert row.config is not None
-    batches = row.config.batches(row.world_size)
+    batches = batches_of(row.config, row.world_size)
     size = f"{batches.micro_batch_size} x {batches.grad_accumulation}"
     return [size, row.config.train.activation_checkpointing]
 

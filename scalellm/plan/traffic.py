@@ -26,8 +26,9 @@ from scalellm.config import BatchPlan, Config, ModelConfig
 from scalellm.dist import World
 from scalellm.errors import ConfigError
 from scalellm.model import Decoder
+from scalellm.plan._ranks import ranks_of
 from scalellm.plan.types import Collective, CollectiveKind
-from scalellm.strategies import Options, Sharding, Strategy, parse_options, resolve
+from scalellm.strategies import Options, Sharding, Strategy
 from scalellm.strategies._row_shares import RowShares
 from scalellm.strategies.accelerate import AccelerateOptions
 from scalellm.strategies.ddp import DDPOptions
@@ -76,16 +77,14 @@ class Setup:
 
 def set_up(config: Config, world_size: int) -> Setup:
     """Returns how `world_size` ranks would train. Raises ConfigError as training would."""
-    strategy = resolve(config.strategy.name)
-    world = World(world_size=world_size, local_world_size=world_size, launcher="scalellm plan")
-    options = parse_options(config.strategy, strategy, world, config.train)
-    batches = config.batches(world_size)
+    here = ranks_of(config, world_size)
+    strategy, options, world = here.strategy, here.options, here.world
     return Setup(
         strategy,
         options,
         strategy.sharding(options, world, config.train),
-        batches,
-        strategy.backend_config(options, config.train, batches, world),
+        here.batches,
+        strategy.backend_config(options, config.train, here.batches, world),
     )
 
 
