@@ -84,7 +84,7 @@ def real_meshes() -> Iterator[None]:
         with unset_fake_temporarily():
             return original(options, world)
 
-    Mesh.make = make  # type: ignore[method-assign,assignment]
+    Mesh.make = make  # type: ignore[method-assign]
     _context._causal_strip.cache_clear()
     try:
         yield

@@ -23,6 +23,7 @@ from scalellm.plan._zero_steps import ZeroStep, answering, can_run_dry, dry_opti
 from scalellm.plan.allocator import Event
 from scalellm.plan.live import Kind, LiveBytes, Segment
 from scalellm.strategies import Strategy
+from scalellm.strategies._mesh import ParallelOptions
 from scalellm.strategies.base import Options
 from scalellm.strategies.deepspeed import DeepSpeed
 
@@ -90,13 +91,15 @@ def _record(
         if not is_seen_whole:
             stack.enter_context(live)
         stack.callback(step.strategy.close)
-        step.take(
-            plan.micro_batch_size, 1, device_type
-        )  # makes what stays: optimizer state, FSDP's
+        # A pipeline's micro-batches are not one like the other: it takes all of them.
+        is_pipeline = has_pipeline(options)
+        micro_batches = plan.grad_accumulation if is_pipeline else min(plan.grad_accumulation, 2)
+        # Makes what stays: optimizer state, FSDP's.
+        step.take(plan.micro_batch_size, micro_batches if is_pipeline else 1, device_type)
         # The third finds the holes that the second one left.
         for _ in range(2 if device_type == "cpu" else 1):
-            step.take(plan.micro_batch_size, min(plan.grad_accumulation, 2), device_type)
-        first_times = max(1, plan.grad_accumulation - 1)
+            step.take(plan.micro_batch_size, micro_batches, device_type)
+        first_times = 1 if is_pipeline else max(1, plan.grad_accumulation - 1)
         if is_deepspeed(config):
             return _from_setup(live, first_times), live
         start, segments = live.segments(STEP, away)
@@ -164,6 +167,10 @@ def as_on(config: Config, device_type: str) -> Config:
     if model.attention == "auto" and device_type != "cpu":
         model = model.model_copy(update={"attention": "sdpa"})
     return config.model_copy(update={"model": model, "train": train})
+
+
+def has_pipeline(options: Options) -> bool:
+    return isinstance(options, ParallelOptions) and options.mesh.pp > 1
 
 
 def is_deepspeed(config: Config) -> bool:

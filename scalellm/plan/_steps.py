@@ -16,6 +16,7 @@ from scalellm.dist import World
 from scalellm.plan._buckets import Buckets, broadcast_buffers
 from scalellm.plan.live import Kind, LiveBytes, local_of
 from scalellm.strategies import Strategy
+from scalellm.strategies._mesh import ParallelOptions
 from scalellm.strategies.base import Options
 from scalellm.strategies.ddp import DDP, DDPOptions
 from scalellm.strategies.deepspeed import DeepSpeed
@@ -60,6 +61,7 @@ class Step:
             self.buckets.live = live
             live.call("gradients", self.buckets.tensors)
         self.call_parameters()
+        self.has_pipeline = isinstance(options, ParallelOptions) and options.mesh.pp > 1
         for index, block in _blocks(self.strategy.model):
             self._mark_passes(block, index)
 
@@ -98,7 +100,7 @@ class Step:
 
     def call_parameters(self) -> None:
         """Says what the strategy has set up."""
-        self.live.call("parameters", self.named.values())
+        self.live.call("parameters", (p for _, p in self.strategy.named_parameters()))
 
     def call_buffers(self) -> None:
         """Says what of that which is there after a forward is not kept for the backward."""
@@ -128,6 +130,8 @@ class Step:
             self.live.mark(f"{self.part} backward {index}")
 
         def after(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if self.has_pipeline:  # no moment between all forwards and all backwards
+                self.live.call_rest("activations")
             if output.requires_grad:
                 output.register_hook(backward)
 
