@@ -11,6 +11,8 @@ import torch
 import torch.distributed as tdist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.pipelining._utils import InferenceMode
+from torch.distributed.pipelining.schedules import _PipelineSchedule
 from torch.distributed.tensor import DTensor
 
 from scalellm.dist import World
@@ -91,6 +93,22 @@ def real_meshes() -> Iterator[None]:
     finally:
         Mesh.make = original  # type: ignore[method-assign]
         _context._causal_strip.cache_clear()
+
+
+@contextmanager
+def told_pipelines() -> Iterator[None]:
+    """Spares pipelines the vote on who knows the shapes: all do, and the votes could not be read."""
+    original = _PipelineSchedule._warmup_p2p
+
+    def warm_up(schedule: Any, stages: Any, *args: Any, **kwargs: Any) -> None:
+        for stage in stages:
+            stage._inference_mode = InferenceMode.STATIC
+
+    _PipelineSchedule._warmup_p2p = warm_up  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        _PipelineSchedule._warmup_p2p = original  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -16,7 +16,13 @@ from scalellm.config import Config
 from scalellm.dist import World
 from scalellm.errors import ConfigError, UserError
 from scalellm.model import Decoder
-from scalellm.plan._fakes import fake_group, kernels_of, real_meshes, replaced_parameters
+from scalellm.plan._fakes import (
+    fake_group,
+    kernels_of,
+    real_meshes,
+    replaced_parameters,
+    told_pipelines,
+)
 from scalellm.plan._ranks import ranks_of
 from scalellm.plan._steps import STEP, Step
 from scalellm.plan._zero_steps import ZeroStep, answering, can_run_dry, dry_options
@@ -74,6 +80,7 @@ def _record(
             stack.enter_context(fake_group(world_size, rank))
             stack.enter_context(real_meshes())
             stack.enter_context(replaced_parameters())
+            stack.enter_context(told_pipelines())
         stack.enter_context(live.watching_resizes())
         stack.enter_context(kernels_of(device_type))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
