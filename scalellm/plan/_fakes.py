@@ -97,7 +97,7 @@ def real_meshes() -> Iterator[None]:
 
 @contextmanager
 def told_pipelines() -> Iterator[None]:
-    """Spares pipelines the vote on who knows the shapes: all do, and the votes could not be read."""
+    """Spares pipelines the vote on who knows the shapes: all do, and a vote could not be read."""
     original = _PipelineSchedule._warmup_p2p
 
     def warm_up(schedule: Any, stages: Any, *args: Any, **kwargs: Any) -> None:

@@ -13,8 +13,9 @@ from dataclasses import replace
 from fractions import Fraction
 
 from scalellm import strategies
-from scalellm.config import Config, TrainConfig
+from scalellm.config import BatchPlan, Config, StrategyConfig, TrainConfig
 from scalellm.model import count_parameters
+from scalellm.plan._pipeline_memory import pipeline_memory
 from scalellm.plan._ranks import batches_of, data_world_size, ranks_of
 from scalellm.plan._record import Trace, engine_runs_dry, is_deepspeed, record
 from scalellm.plan._steps import FEW_LAYERS
@@ -22,6 +23,10 @@ from scalellm.plan._zero_memory import zero_memory
 from scalellm.plan.activations import activations, spared_by_compiling
 from scalellm.plan.dry_run import remembered, stretched, summarize
 from scalellm.plan.types import Memory
+from scalellm.strategies._mesh import ParallelOptions, sizes
+
+# What of a pipeline's options its stages' own work depends on.
+_KEPT = ("sequence_parallel", "context", "bucket_mb")
 
 
 def estimate(config: Config, world_size: int, device_type: str = "cuda") -> Memory:
@@ -54,9 +59,37 @@ def _uncompiled(config: Config, world_size: int, device_type: str) -> Memory:
         return summarize(trace)[0]
     if config.strategy.name not in strategies.names():
         return _by_word(config, world_size, device_type)
+    here = ranks_of(config, world_size)
+    if isinstance(here.options, ParallelOptions) and here.options.mesh.pp > 1:
+        return _of_pipeline(config, here.options, here.batches, world_size, device_type)
     layers = config.model.num_layers
     trace = _recorded(config, world_size, device_type, min(layers, FEW_LAYERS))
     return summarize(stretched(trace, layers) if layers > FEW_LAYERS else trace)[0]
+
+
+def _of_pipeline(
+    config: Config,
+    options: ParallelOptions,
+    batches: BatchPlan,
+    world_size: int,
+    device_type: str,
+) -> Memory:
+    """The fullest rank's, from the same decoder undivided and unsharded."""
+    size = sizes(options.mesh, world_size)
+    ranks = size["tp"] * size["cp"]
+    mesh = {"tp": size["tp"], "cp": size["cp"]}
+    rest = {key: config.strategy.options[key] for key in _KEPT if key in config.strategy.options}
+    strategy = StrategyConfig.model_validate({"name": "parallel", "mesh": mesh, **rest})
+    rows = batches.micro_batch_size
+    train = config.train.model_copy(
+        update={
+            "micro_batch_size": rows,
+            "global_batch_size": rows * min(batches.grad_accumulation, 2),
+        }
+    )
+    whole = config.model_copy(update={"strategy": strategy, "train": train})
+    trace = _recorded(whole, ranks, device_type, FEW_LAYERS)
+    return pipeline_memory(config, options, batches, size, trace)
 
 
 def _recorded(config: Config, world_size: int, device_type: str, layers: int) -> Trace:

@@ -76,6 +76,8 @@ def _sizes(memory: Memory) -> list[str]:
 def _speed_table(plan: Plan) -> str:
     head = ["ms a step", "tokens/s", "MFU", "step", "products", "memory", "launches"]
     head += ["communication", "of it hidden", "optimizer"]
+    has_bubble = any(row.time is not None and row.time.bubble_s for row in _rows(plan))
+    head += ["bubble"] if has_bubble else []
     lines = []
     for row in _rows(plan):
         time = row.time
@@ -84,6 +86,7 @@ def _speed_table(plan: Plan) -> str:
         hidden_s = max(0.0, time.communication_s - time.exposed_communication_s)
         parts = [time.total_s, time.compute_s, time.memory_s, time.launch_s]
         parts += [time.communication_s, hidden_s, time.optimizer_s]
+        parts += [time.bubble_s] if has_bubble else []
         speed = [f"{time.tokens_per_s:,.0f}", f"{time.mfu:.1%}"]
         lines.append([row.label, *speed, *(f"{part * 1e3:.1f}" for part in parts)])
     return _table(head, lines) if lines else ""
