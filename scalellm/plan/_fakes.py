@@ -10,14 +10,22 @@ from typing import Any
 import torch
 import torch.distributed as tdist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.pipelining._utils import InferenceMode
+from torch.distributed.pipelining.schedules import _PipelineSchedule
+from torch.distributed.tensor import DTensor
+
+from scalellm.dist import World
+from scalellm.strategies import _context
+from scalellm.strategies._mesh import Mesh, ParallelOptions
 
 
 @contextmanager
-def fake_group(world_size: int) -> Iterator[None]:
-    """This process is rank 0 of so many; collectives leave their outputs as they are."""
+def fake_group(world_size: int, rank: int = 0) -> Iterator[None]:
+    """This process is rank `rank` of so many; collectives leave their outputs as they are."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    tdist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    tdist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         with _own_shards_only():
             yield
@@ -64,6 +72,69 @@ class _Chunks:
         if length <= 0 and index > 0:
             return self._tensor.new_empty(0)
         return self._tensor.narrow(self._dim, start, length)
+
+
+@contextmanager
+def real_meshes() -> Iterator[None]:
+    """Makes meshes of numbers that can be read, though all other tensors are fake.
+
+    Masks that were kept for the next forward belong to one fake mode only.
+    """
+    original = Mesh.make
+
+    def make(options: ParallelOptions, world: World) -> Mesh:
+        with unset_fake_temporarily():
+            return original(options, world)
+
+    Mesh.make = make  # type: ignore[method-assign]
+    _context._causal_strip.cache_clear()
+    try:
+        yield
+    finally:
+        Mesh.make = original  # type: ignore[method-assign]
+        _context._causal_strip.cache_clear()
+
+
+@contextmanager
+def told_pipelines() -> Iterator[None]:
+    """Spares pipelines the vote on who knows the shapes: all do, and a vote could not be read."""
+    original = _PipelineSchedule._warmup_p2p
+
+    def warm_up(schedule: Any, stages: Any, *args: Any, **kwargs: Any) -> None:
+        for stage in stages:
+            stage._inference_mode = InferenceMode.STATIC
+
+    _PipelineSchedule._warmup_p2p = warm_up  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        _PipelineSchedule._warmup_p2p = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def replaced_parameters() -> Iterator[None]:
+    """Lets `to_empty` put new parameters in the places of fake ones, which cannot be swapped."""
+    original = nn.Module.to_empty
+
+    def to_empty(module: nn.Module, *, device: Any, recurse: bool = True) -> nn.Module:
+        if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            return original(module, device=device, recurse=recurse)
+        new: dict[nn.Parameter, nn.Parameter] = {}
+        for part in module.modules() if recurse else [module]:
+            for name, old in part._parameters.items():
+                if old is None:
+                    continue
+                if old not in new:
+                    empty = torch.empty_like(old.detach(), device=device)
+                    new[old] = nn.Parameter(empty, old.requires_grad)
+                part._parameters[name] = new[old]
+        return module
+
+    nn.Module.to_empty = to_empty  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.to_empty = original  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -16,12 +16,20 @@ from scalellm.config import Config
 from scalellm.dist import World
 from scalellm.errors import ConfigError, UserError
 from scalellm.model import Decoder
-from scalellm.plan._fakes import fake_group, kernels_of
+from scalellm.plan._fakes import (
+    fake_group,
+    kernels_of,
+    real_meshes,
+    replaced_parameters,
+    told_pipelines,
+)
+from scalellm.plan._ranks import ranks_of
 from scalellm.plan._steps import STEP, Step
 from scalellm.plan._zero_steps import ZeroStep, answering, can_run_dry, dry_options
 from scalellm.plan.allocator import Event
 from scalellm.plan.live import Kind, LiveBytes, Segment
 from scalellm.strategies import Strategy
+from scalellm.strategies._mesh import ParallelOptions
 from scalellm.strategies.base import Options
 from scalellm.strategies.deepspeed import DeepSpeed
 
@@ -44,9 +52,9 @@ class Trace:
     first_times: int
 
 
-def record(config: Config, world_size: int, device_type: str) -> Trace:
-    """Returns the trace of a step of rank 0; arguments and errors as of `dry_run`."""
-    return _record(config, world_size, device_type)[0]
+def record(config: Config, world_size: int, device_type: str, rank: int = 0) -> Trace:
+    """Returns the trace of a step of one rank; arguments and errors as of `dry_run`."""
+    return _record(config, world_size, device_type, rank)[0]
 
 
 def record_events(config: Config, world_size: int, device_type: str) -> tuple[Trace, list[Event]]:
@@ -55,20 +63,24 @@ def record_events(config: Config, world_size: int, device_type: str) -> tuple[Tr
     return trace, live.events()
 
 
-def _record(config: Config, world_size: int, device_type: str) -> tuple[Trace, LiveBytes]:
+def _record(
+    config: Config, world_size: int, device_type: str, rank: int = 0
+) -> tuple[Trace, LiveBytes]:
     _check(config, world_size, device_type)
     config = as_on(config, device_type)
-    world = World(rank=0, world_size=world_size, launcher="the planner")
-    strategy_class = strategies.resolve(config.strategy.name)
-    options = strategies.parse_options(config.strategy, strategy_class, world, config.train)
-    plan = config.batches(world_size)
+    here = ranks_of(config, world_size, rank)
+    world, strategy_class, options = here.world, here.strategy, here.options
+    plan = here.batches
     sharding = strategy_class.sharding(options, world, config.train)
     away: Any = sharding.offloaded if device_type != "cpu" else frozenset()
     live = LiveBytes(gloo=device_type == "cpu")
     model = _meta_model(config)
     with ExitStack() as stack:
         if strategy_class.needs_process_group:
-            stack.enter_context(fake_group(world_size))
+            stack.enter_context(fake_group(world_size, rank))
+            stack.enter_context(real_meshes())
+            stack.enter_context(replaced_parameters())
+            stack.enter_context(told_pipelines())
         stack.enter_context(live.watching_resizes())
         stack.enter_context(kernels_of(device_type))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -86,13 +98,15 @@ def _record(config: Config, world_size: int, device_type: str) -> tuple[Trace, L
         if not is_seen_whole:
             stack.enter_context(live)
         stack.callback(step.strategy.close)
-        step.take(
-            plan.micro_batch_size, 1, device_type
-        )  # makes what stays: optimizer state, FSDP's
+        # A pipeline's micro-batches are not one like the other: it takes all of them.
+        is_pipeline = has_pipeline(options)
+        micro_batches = plan.grad_accumulation if is_pipeline else min(plan.grad_accumulation, 2)
+        # Makes what stays: optimizer state, FSDP's.
+        step.take(plan.micro_batch_size, micro_batches if is_pipeline else 1, device_type)
         # The third finds the holes that the second one left.
         for _ in range(2 if device_type == "cpu" else 1):
-            step.take(plan.micro_batch_size, min(plan.grad_accumulation, 2), device_type)
-        first_times = max(1, plan.grad_accumulation - 1)
+            step.take(plan.micro_batch_size, micro_batches, device_type)
+        first_times = 1 if is_pipeline else max(1, plan.grad_accumulation - 1)
         if is_deepspeed(config):
             return _from_setup(live, first_times), live
         start, segments = live.segments(STEP, away)
@@ -160,6 +174,10 @@ def as_on(config: Config, device_type: str) -> Config:
     if model.attention == "auto" and device_type != "cpu":
         model = model.model_copy(update={"attention": "sdpa"})
     return config.model_copy(update={"model": model, "train": train})
+
+
+def has_pipeline(options: Options) -> bool:
+    return isinstance(options, ParallelOptions) and options.mesh.pp > 1
 
 
 def is_deepspeed(config: Config) -> bool:

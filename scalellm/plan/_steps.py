@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from scalellm.dist import World
 from scalellm.plan._buckets import Buckets, broadcast_buffers
 from scalellm.plan.live import Kind, LiveBytes, local_of
 from scalellm.strategies import Strategy
+from scalellm.strategies._mesh import ParallelOptions
 from scalellm.strategies.base import Options
 from scalellm.strategies.ddp import DDP, DDPOptions
 from scalellm.strategies.deepspeed import DeepSpeed
@@ -59,7 +61,8 @@ class Step:
             self.buckets.live = live
             live.call("gradients", self.buckets.tensors)
         self.call_parameters()
-        for index, block in enumerate(self.strategy.model.get_submodule("layers").children()):
+        self.has_pipeline = isinstance(options, ParallelOptions) and options.mesh.pp > 1
+        for index, block in _blocks(self.strategy.model):
             self._mark_passes(block, index)
 
     def take(self, rows: int, micro_batches: int, device_type: str) -> None:
@@ -97,7 +100,7 @@ class Step:
 
     def call_parameters(self) -> None:
         """Says what the strategy has set up."""
-        self.live.call("parameters", self.named.values())
+        self.live.call("parameters", (p for _, p in self.strategy.named_parameters()))
 
     def call_buffers(self) -> None:
         """Says what of that which is there after a forward is not kept for the backward."""
@@ -127,6 +130,8 @@ class Step:
             self.live.mark(f"{self.part} backward {index}")
 
         def after(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if self.has_pipeline:  # no moment between all forwards and all backwards
+                self.live.call_rest("activations")
             if output.requires_grad:
                 output.register_hook(backward)
 
@@ -157,6 +162,13 @@ class Step:
             positions_BT=None if documents is None else documents[:, 1:],
             documents_BT=None if documents is None else documents[:, 1:],
         )
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+    """The decoder's blocks that a rank holds, by their number in the whole of it."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "layers":
+            yield from ((int(index), block) for index, block in module.named_children())
 
 
 class _BareDDP(DDP):

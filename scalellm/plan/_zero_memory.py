@@ -13,10 +13,9 @@ from typing import Any, cast
 
 import torch
 
-from scalellm import strategies
 from scalellm.config import Config
-from scalellm.dist import World
 from scalellm.model import count_parameters
+from scalellm.plan._ranks import ranks_of
 from scalellm.plan._record import Passes, Trace
 from scalellm.plan._steps import LAST
 from scalellm.plan.activations import trace_of
@@ -167,10 +166,8 @@ def _moments(engine: _Engine, trace: Trace) -> list[Counter[str]]:
 
 
 def _engine(config: Config, world_size: int) -> tuple[_Engine, frozenset[str], int]:
-    strategy_class = strategies.resolve(config.strategy.name)
-    world = World(world_size=world_size, launcher="the planner")
-    options = strategies.parse_options(config.strategy, strategy_class, world, config.train)
-    plan = config.batches(world_size)
+    here = ranks_of(config, world_size)
+    strategy_class, options, world, plan = here.strategy, here.options, here.world, here.batches
     sharding = strategy_class.sharding(options, world, config.train)
     backend = strategy_class.backend_config(options, config.train, plan, world) or {}
     model = config.model

@@ -8,6 +8,7 @@ from typing import Any
 
 from scalellm.config import Config, parse_config
 from scalellm.errors import ConfigError, UserError
+from scalellm.plan._ranks import batches_of, data_world_size
 from scalellm.plan.candidates import Values, merged, variants
 from scalellm.plan.choose import Estimate
 from scalellm.plan.devices import Device
@@ -79,7 +80,7 @@ def by_strategy_and_world(
     The micro-batch and its accumulation stay what they are for a rank of `world_size`. What cannot
     be is left out.
     """
-    batches = parse_config(dict(values)).batches(world_size)
+    batches = batches_of(parse_config(dict(values)), world_size)
     worlds = sorted({max(1, world_size // share) for share in _SHARES})
     precision = parse_config(dict(values)).train.precision
     labels: dict[str, dict[int, Any]] = {}
@@ -89,11 +90,12 @@ def by_strategy_and_world(
     rows = []
     for label, by_world in labels.items():
         for world, options in by_world.items():
-            samples = batches.micro_batch_size * batches.grad_accumulation * world
-            train = {"global_batch_size": samples, "micro_batch_size": batches.micro_batch_size}
-            changes = {"strategy": options, "train": train}
+            changes = {"strategy": options}
             try:
-                memory = estimator(parse_config(merged(values, changes)), world)
+                ranks = data_world_size(parse_config(merged(values, changes)), world)
+                samples = batches.micro_batch_size * batches.grad_accumulation * ranks
+                train = {"global_batch_size": samples, "micro_batch_size": batches.micro_batch_size}
+                memory = estimator(parse_config(merged(values, {**changes, "train": train})), world)
             except ConfigError:
                 continue
             rows.append(Planned(f"{label}, {world:,} ranks" if world > 1 else label, memory))

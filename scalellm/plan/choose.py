@@ -13,6 +13,7 @@ from scalellm import strategies
 from scalellm.config import BatchPlan, Config, parse_config
 from scalellm.errors import ConfigError
 from scalellm.model import count_parameters
+from scalellm.plan._ranks import batches_of, data_world_size
 from scalellm.plan.candidates import Candidate, Values, merged, variants
 from scalellm.plan.devices import Device, Efficiency
 from scalellm.plan.speed import step_time
@@ -81,12 +82,10 @@ class Chooser:
         strategies.read_options(strategy, strategies.resolve(strategy.name))
         self.device.matrix_rate(self.config.train.precision)
         count_parameters(self.config.model)  # refuses a vocabulary that is not known
-        sizes = self._micro_batch_sizes(world_size)
+        batches_of(self.config, world_size)  # refuses a batch that no micro-batch divides
         given = self._try(AS_GIVEN, world_size, {})
         found = variants(world_size, self.device, self.config.train.precision)
-        rows = [
-            self._best_of(label, options, sizes, world_size) for label, options in found.items()
-        ]
+        rows = [self._best_of(label, options, world_size) for label, options in found.items()]
         fitting = [row for row in [given, *rows] if row.fits]
         fastest_s = min(map(_seconds, fitting), default=0.0)
         rivals = [row for row in fitting if _seconds(row) <= fastest_s * (1 + _AS_FAST)]
@@ -104,21 +103,31 @@ class Chooser:
         given = self._try(AS_GIVEN, world_size, {})
         return given, ways_out([given], world_size, self._try, self.device)
 
-    def _micro_batch_sizes(self, world_size: int) -> list[int]:
-        """Powers of two that divide a rank's share of the global batch, and the config's own."""
+    def _micro_batch_sizes(self, options: Values, world_size: int) -> list[int]:
+        """Powers of two that divide a rank's share of the global batch, and the config's own.
+
+        Raises:
+            ConfigError: no micro-batch divides it among ranks with these options.
+        """
         train = self.config.train
-        # Refuses a batch that no micro-batch divides.
-        BatchPlan.of(train.global_batch_size, 1, world_size)
-        share = train.global_batch_size // world_size
+        ranks = data_world_size(
+            parse_config(merged(self.values, {"strategy": dict(options)})), world_size
+        )
+        BatchPlan.of(train.global_batch_size, 1, ranks)
+        share = train.global_batch_size // ranks
         own = train.micro_batch_size or share
         sizes = {1 << k for k in range(_MAX_MICRO_BATCH.bit_length())} | {own}
         return sorted(size for size in sizes if share % size == 0)
 
-    def _best_of(self, label: str, options: Values, sizes: list[int], world_size: int) -> Candidate:
+    def _best_of(self, label: str, options: Values, world_size: int) -> Candidate:
         """The fastest combination of a variant that fits, else the one that is least too large."""
         given = self.config.strategy
         if given.name == options["name"]:
             options = {**given.options, **options}
+        try:
+            sizes = self._micro_batch_sizes(options, world_size)
+        except ConfigError as error:
+            return Candidate(label, world_size, {"strategy": options}, refused=str(error))
         found: list[Candidate] = []
         for mode in _CHECKPOINTING:
             fastest_s = min(map(_seconds, found), default=float("inf"))
@@ -189,7 +198,7 @@ class Chooser:
     @staticmethod
     def _rows(candidate: Candidate) -> int:
         assert candidate.config is not None
-        return candidate.config.batches(candidate.world_size).micro_batch_size
+        return batches_of(candidate.config, candidate.world_size).micro_batch_size
 
     def _try(self, label: str, world_size: int, changes: Values) -> Candidate:
         blank = Candidate(label, world_size, changes)

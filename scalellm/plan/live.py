@@ -40,6 +40,9 @@ _COLLECTIVES: dict[str, CollectiveKind] = {
     "reduce_scatter": "reduce_scatter",
     "allreduce": "all_reduce",
     "all_reduce": "all_reduce",
+    "alltoall": "all_to_all",
+    "send": "send",
+    "recv": "receive",
 }
 
 
@@ -176,7 +179,7 @@ class LiveBytes(TorchDispatchMode):
             if kind == "all_gather" or (kind == "reduce_scatter" and size_bytes < whole_bytes):
                 self._streams[number] = kind
         self._log.append(Traffic(kind, whole_bytes))
-        if self._gloo and kind != "all_reduce":
+        if self._gloo and kind in ("all_gather", "reduce_scatter"):
             self._pass_through_gloo(kind, whole_bytes)
 
     def _pass_through_gloo(self, kind: CollectiveKind, whole_bytes: int) -> None:

@@ -13,15 +13,20 @@ from dataclasses import replace
 from fractions import Fraction
 
 from scalellm import strategies
-from scalellm.config import Config, TrainConfig
-from scalellm.dist import World
+from scalellm.config import BatchPlan, Config, StrategyConfig, TrainConfig
 from scalellm.model import count_parameters
+from scalellm.plan._pipeline_memory import pipeline_memory
+from scalellm.plan._ranks import batches_of, data_world_size, ranks_of
 from scalellm.plan._record import Trace, engine_runs_dry, is_deepspeed, record
 from scalellm.plan._steps import FEW_LAYERS
 from scalellm.plan._zero_memory import zero_memory
 from scalellm.plan.activations import activations, spared_by_compiling
 from scalellm.plan.dry_run import remembered, stretched, summarize
 from scalellm.plan.types import Memory
+from scalellm.strategies._mesh import ParallelOptions, sizes
+
+# What of a pipeline's options its stages' own work depends on.
+_KEPT = ("sequence_parallel", "context", "bucket_mb")
 
 
 def estimate(config: Config, world_size: int, device_type: str = "cuda") -> Memory:
@@ -40,7 +45,7 @@ def estimate(config: Config, world_size: int, device_type: str = "cuda") -> Memo
     memory = _uncompiled(config, world_size, device_type)
     if not config.train.compile:
         return memory
-    micro_batch = config.batches(world_size).micro_batch_size
+    micro_batch = batches_of(config, world_size).micro_batch_size
     spared_bytes = spared_by_compiling(config, micro_batch, device_type)
     kept_bytes = max(0, memory.activations_bytes - spared_bytes)
     return replace(memory, activations_bytes=kept_bytes)
@@ -54,9 +59,37 @@ def _uncompiled(config: Config, world_size: int, device_type: str) -> Memory:
         return summarize(trace)[0]
     if config.strategy.name not in strategies.names():
         return _by_word(config, world_size, device_type)
+    here = ranks_of(config, world_size)
+    if isinstance(here.options, ParallelOptions) and here.options.mesh.pp > 1:
+        return _of_pipeline(config, here.options, here.batches, world_size, device_type)
     layers = config.model.num_layers
     trace = _recorded(config, world_size, device_type, min(layers, FEW_LAYERS))
     return summarize(stretched(trace, layers) if layers > FEW_LAYERS else trace)[0]
+
+
+def _of_pipeline(
+    config: Config,
+    options: ParallelOptions,
+    batches: BatchPlan,
+    world_size: int,
+    device_type: str,
+) -> Memory:
+    """The fullest rank's, from the same decoder undivided and unsharded."""
+    size = sizes(options.mesh, world_size)
+    ranks = size["tp"] * size["cp"]
+    mesh = {"tp": size["tp"], "cp": size["cp"]}
+    rest = {key: config.strategy.options[key] for key in _KEPT if key in config.strategy.options}
+    strategy = StrategyConfig.model_validate({"name": "parallel", "mesh": mesh, **rest})
+    rows = batches.micro_batch_size
+    train = config.train.model_copy(
+        update={
+            "micro_batch_size": rows,
+            "global_batch_size": rows * min(batches.grad_accumulation, 2),
+        }
+    )
+    whole = config.model_copy(update={"strategy": strategy, "train": train})
+    trace = _recorded(whole, ranks, device_type, FEW_LAYERS)
+    return pipeline_memory(config, options, batches, size, trace)
 
 
 def _recorded(config: Config, world_size: int, device_type: str, layers: int) -> Trace:
@@ -70,13 +103,14 @@ def _recorded(config: Config, world_size: int, device_type: str, layers: int) ->
 
 def _small(config: Config, world_size: int, layers: int) -> Config:
     """Only what a step's memory depends on, so that plans which differ elsewhere share a trace."""
-    plan = config.batches(world_size)
+    data_ranks = data_world_size(config, world_size)
+    plan = config.batches(data_ranks)
     train = TrainConfig(
         precision=config.train.precision,
         activation_checkpointing=config.train.activation_checkpointing,
         grad_clip=config.train.grad_clip,
         micro_batch_size=plan.micro_batch_size,
-        global_batch_size=plan.micro_batch_size * min(plan.grad_accumulation, 2) * world_size,
+        global_batch_size=plan.micro_batch_size * min(plan.grad_accumulation, 2) * data_ranks,
     )
     model = config.model.model_copy(update={"num_layers": layers})
     return config.model_copy(update={"model": model, "train": train})
@@ -84,11 +118,9 @@ def _small(config: Config, world_size: int, layers: int) -> Config:
 
 def _by_word(config: Config, world_size: int, device_type: str) -> Memory:
     """A strategy whose workings are not known, divided as it says itself."""
-    strategy_class = strategies.resolve(config.strategy.name)
-    world = World(world_size=world_size, launcher="the planner")
-    options = strategies.parse_options(config.strategy, strategy_class, world, config.train)
-    sharding = strategy_class.sharding(options, world, config.train)
-    micro_batch = config.batches(world_size).micro_batch_size
+    here = ranks_of(config, world_size)
+    sharding = here.strategy.sharding(here.options, here.world, config.train)
+    micro_batch = here.batches.micro_batch_size
     kept_bytes, beyond_bytes = activations(
         config.model, config.train, micro_batch, config.model.seq_len, device_type
     )

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from scalellm.model import count_parameters
+from scalellm.plan._ranks import batches_of
 from scalellm.plan.candidates import Candidate
 from scalellm.plan.choose import MARGIN, Plan
 from scalellm.plan.devices import Efficiency
@@ -62,7 +63,7 @@ def _memory_table(plan: Plan) -> str:
 
 def _choice(row: Candidate) -> list[str]:
     assert row.config is not None
-    batches = row.config.batches(row.world_size)
+    batches = batches_of(row.config, row.world_size)
     size = f"{batches.micro_batch_size} x {batches.grad_accumulation}"
     return [size, row.config.train.activation_checkpointing]
 
@@ -75,6 +76,8 @@ def _sizes(memory: Memory) -> list[str]:
 def _speed_table(plan: Plan) -> str:
     head = ["ms a step", "tokens/s", "MFU", "step", "products", "memory", "launches"]
     head += ["communication", "of it hidden", "optimizer"]
+    has_bubble = any(row.time is not None and row.time.bubble_s for row in _rows(plan))
+    head += ["bubble"] if has_bubble else []
     lines = []
     for row in _rows(plan):
         time = row.time
@@ -83,6 +86,7 @@ def _speed_table(plan: Plan) -> str:
         hidden_s = max(0.0, time.communication_s - time.exposed_communication_s)
         parts = [time.total_s, time.compute_s, time.memory_s, time.launch_s]
         parts += [time.communication_s, hidden_s, time.optimizer_s]
+        parts += [time.bubble_s] if has_bubble else []
         speed = [f"{time.tokens_per_s:,.0f}", f"{time.mfu:.1%}"]
         lines.append([row.label, *speed, *(f"{part * 1e3:.1f}" for part in parts)])
     return _table(head, lines) if lines else ""

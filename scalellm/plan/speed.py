@@ -1,7 +1,7 @@
 """How long a step takes: rooflines of products, memory and links, and what hides behind what.
 
     step = max(matrix products + bytes moved, operators launched) + communication not hidden
-           + optimizer
+           + optimizer + a pipeline's bubble
 
 (on a CPU products, bytes and launches add up). Each is work over a data sheet's rate times a share
 of it that is reached (`Efficiency`): a round number, or fitted to runs (`calibrate`). Not known
@@ -21,6 +21,7 @@ from functools import partial
 
 from scalellm.config import Config
 from scalellm.model import count_parameters, flops_per_token
+from scalellm.plan._mesh_share import share_of
 from scalellm.plan.devices import Device, Efficiency
 from scalellm.plan.operators import Work, measure_work
 from scalellm.plan.traffic import Setup, Transfer, set_up, traffic, unit_shapes
@@ -31,6 +32,7 @@ class StepTime:
     """Seconds of one optimizer step; the parts add up to `total_s`.
 
     `launch_s` is what launching operators takes, on a GPU longer than running them.
+    `bubble_s` is what a pipeline's ranks wait for each other.
     `communication_s`, all of it, hidden or not, is beside the sum. `tokens` are those of the global
     batch, `model_flops` what they need of one device, with nothing computed twice.
     """
@@ -44,6 +46,7 @@ class StepTime:
     tokens: int
     model_flops: float
     peak_flops: float
+    bubble_s: float = 0.0
 
     @property
     def total_s(self) -> float:
@@ -53,6 +56,7 @@ class StepTime:
             + self.launch_s
             + self.exposed_communication_s
             + self.optimizer_s
+            + self.bubble_s
         )
 
     @property
@@ -116,16 +120,23 @@ def _time(
     rate = device.matrix_rate(config.train.precision) * share.matrix
     bandwidth = device.memory_bytes_per_s * share.memory
     left = share.fused if config.train.compile else 1.0
-    forward_flops, backward_flops = _flops(config, rows * config.model.seq_len)
+    mine = share_of(config, setup, world_size)
+    forward_flops, backward_flops = (
+        flops * mine.products for flops in _flops(config, rows * config.model.seq_len)
+    )
     compute_s = micro_batches * (forward_flops + backward_flops) / rate
-    memory_s = micro_batches * left * (work.forward_bytes + work.backward_bytes) / bandwidth
-    launched_s = micro_batches * left * work.num_operators * device.launch_s / share.launch
+    forward_bytes, backward_bytes = (
+        left * mine.memory * moved for moved in (work.forward_bytes, work.backward_bytes)
+    )
+    memory_s = micro_batches * (forward_bytes + backward_bytes) / bandwidth
+    operators = left * mine.operators * work.num_operators
+    launched_s = micro_batches * operators * device.launch_s / share.launch
     times = [transfer_s(one, setup, device, share) for one in transfers]
     windows = {
-        "forward": forward_flops / rate + left * work.forward_bytes / bandwidth,
-        "backward": backward_flops / rate + left * work.backward_bytes / bandwidth,
+        "forward": forward_flops / rate + forward_bytes / bandwidth,
+        "backward": backward_flops / rate + backward_bytes / bandwidth,
     }
-    units = config.model.num_layers + 1
+    units = config.model.num_layers * mine.operators + 1
     exposed_s = sum(
         _exposed_s(transfers, times, phase, window_s * (1 - 1 / units), micro_batches)
         for phase, window_s in [*windows.items(), ("step", 0.0)]
@@ -133,16 +144,19 @@ def _time(
     tokens = config.train.global_batch_size * config.model.seq_len
     # A GPU is told what to do while it works; a CPU tells itself, before each operator.
     hidden_s = 0.0 if device.is_cpu else compute_s + memory_s
+    late_s = max(0.0, launched_s - hidden_s)
+    busy_s = compute_s + memory_s + late_s
     return StepTime(
         compute_s,
         memory_s,
-        max(0.0, launched_s - hidden_s),
+        late_s,
         exposed_s,
         _optimizer_s(config, setup, device, share),
         sum(times),
         tokens,
         tokens / world_size * flops_per_token(config.model),
         device.matrix_rate(config.train.precision),
+        busy_s * mine.bubble / (1 - mine.bubble),
     )
 
 
@@ -178,7 +192,7 @@ def transfer_s(transfer: Transfer, setup: Setup, device: Device, share: Efficien
 
 
 def _ring_s(transfer: Transfer, device: Device, share: Efficiency) -> float:
-    """Each rank sends (N-1)/N of the whole tensor, for an all-reduce twice.
+    """Each rank sends (N-1)/N of the whole tensor, for an all-reduce twice; a message is whole.
 
     A group that spans nodes is as fast as the slower of the two links. The groups of a node share
     what it sends: a group with all its devices has all of it, one with a device its share.
@@ -191,10 +205,11 @@ def _ring_s(transfer: Transfer, device: Device, share: Efficiency) -> float:
     links = [device.node_link_bytes_per_s] if in_node > 1 else []
     links += [device.network_bytes_per_s * in_node] if nodes > 1 else []
     rounds = 2 if transfer.kind == "all_reduce" else 1
+    is_message = transfer.kind in ("send", "receive")
     hops_s = (in_node - 1) * nodes * device.node_hop_s + (nodes - 1) * device.network_hop_s
     if transfer.kind == "all_reduce":  # NCCL crosses nodes by trees
         hops_s = (in_node - 1) * device.node_hop_s + math.log2(nodes) * device.network_hop_s
-    sent_bytes = rounds * transfer.payload_bytes * (ranks - 1) / ranks
+    sent_bytes = rounds * transfer.payload_bytes * (1.0 if is_message else (ranks - 1) / ranks)
     latency_s = device.collective_s + rounds * hops_s
     return sent_bytes / (min(links) * share.link) + transfer.count * latency_s
 

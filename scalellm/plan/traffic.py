@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as tdist
@@ -26,35 +26,19 @@ from scalellm.config import BatchPlan, Config, ModelConfig
 from scalellm.dist import World
 from scalellm.errors import ConfigError
 from scalellm.model import Decoder
+from scalellm.plan._mesh_traffic import mesh_traffic
+from scalellm.plan._ranks import ranks_of
+from scalellm.plan._transfers import Shape, Shards, Transfer, elements, sharded
 from scalellm.plan.types import Collective, CollectiveKind
-from scalellm.strategies import Options, Sharding, Strategy, parse_options, resolve
+from scalellm.strategies import Options, Sharding, Strategy
+from scalellm.strategies._mesh import ParallelOptions
 from scalellm.strategies._row_shares import RowShares
 from scalellm.strategies.accelerate import AccelerateOptions
 from scalellm.strategies.ddp import DDPOptions
 from scalellm.strategies.fsdp import FSDPOptions
 
-Shape = tuple[int, ...]
-Phase = Literal["forward", "backward", "step"]
 _BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 _MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """Collectives of one kind, over one optimizer step.
-
-    `ranks` take part, `stride` apart (1: neighbours). `micro_batches` is in how many of them it
-    happens; the forward or backward of those may hide it where `overlaps` is true.
-    """
-
-    kind: CollectiveKind
-    phase: Phase
-    count: int
-    payload_bytes: int
-    ranks: int
-    stride: int = 1
-    overlaps: bool = False
-    micro_batches: int = 1
 
 
 @dataclass(frozen=True)
@@ -76,16 +60,14 @@ class Setup:
 
 def set_up(config: Config, world_size: int) -> Setup:
     """Returns how `world_size` ranks would train. Raises ConfigError as training would."""
-    strategy = resolve(config.strategy.name)
-    world = World(world_size=world_size, local_world_size=world_size, launcher="scalellm plan")
-    options = parse_options(config.strategy, strategy, world, config.train)
-    batches = config.batches(world_size)
+    here = ranks_of(config, world_size)
+    strategy, options, world = here.strategy, here.options, here.world
     return Setup(
         strategy,
         options,
         strategy.sharding(options, world, config.train),
-        batches,
-        strategy.backend_config(options, config.train, batches, world),
+        here.batches,
+        strategy.backend_config(options, config.train, here.batches, world),
     )
 
 
@@ -102,6 +84,8 @@ def traffic(config: Config, world_size: int) -> list[Transfer]:
         return []
     if isinstance(options, FSDPOptions):
         return _fsdp(config, options, setup.batches.grad_accumulation, world_size)
+    if isinstance(options, ParallelOptions):
+        return mesh_traffic(config, options, setup.batches, world_size)
     if setup.backend is not None:
         return _deepspeed(config, setup, world_size)
     if isinstance(options, AccelerateOptions):
@@ -110,7 +94,7 @@ def traffic(config: Config, world_size: int) -> list[Transfer]:
         return _ddp(config, options, world_size)
     raise ConfigError(
         f"strategy.name={config.strategy.name} is a strategy of your own: its traffic is not "
-        "known; plan with ddp, fsdp or deepspeed"
+        "known; plan with ddp, fsdp, deepspeed or parallel"
     )
 
 
@@ -141,11 +125,6 @@ def unit_shapes(model: ModelConfig) -> tuple[tuple[Shape, ...], ...]:
 def _decoder(model: ModelConfig) -> Decoder:
     with torch.device("meta"):
         return Decoder(model)
-
-
-def _elements(shapes: Iterable[Shape], ranks: int = 1) -> int:
-    """Numbers of the shapes, their first dimension padded to a multiple of `ranks`."""
-    return sum(-(-s[0] // ranks) * ranks * math.prod(s[1:]) for s in shapes)
 
 
 # -- strategies ---------------------------------------------------------------------------------
@@ -210,49 +189,22 @@ def _fsdp(
     stored = _BYTES["fp64"] if config.train.precision == "fp64" else _BYTES["fp32"]
     gathered = _BYTES[options.param_dtype] if options.param_dtype else stored
     reduced = _BYTES[options.reduce_dtype] if options.reduce_dtype else gathered
-    units = [_elements(shapes, ranks) for shapes in unit_shapes(config.model)]
-    every = micro_batches if options.reduce_every_micro_batch else 1
-
-    def both(kind: CollectiveKind, phase: Phase, times: int, size: int) -> list[Transfer]:
-        """The first gathers or last reductions, of the root and a block, hide behind nothing."""
-        split = [([units[0], units[-1]], False), (units[1:-1], True)]
-        return [
-            Transfer(
-                kind,
-                phase,
-                count=times * len(part),
-                payload_bytes=times * size * sum(part),
-                ranks=ranks,
-                overlaps=overlaps,
-                micro_batches=times,
-            )
-            for part, overlaps in split
-            if part
-        ]
-
-    transfers = both("all_gather", "forward", micro_batches, gathered)
-    if options.reshard_after_forward:
-        transfers += both("all_gather", "backward", micro_batches, gathered)
-    reductions = both("reduce_scatter", "backward", every, reduced)
-    if ranks == world_size:
-        return transfers + reductions
-    replicas = [
-        replace(
-            part,
-            kind="all_reduce",
-            payload_bytes=part.payload_bytes // ranks,
-            ranks=world_size // ranks,
-            stride=ranks,
-        )
-        for part in reductions
-    ]
-    return transfers + reductions + replicas
+    shards = Shards(
+        ranks,
+        gathers=micro_batches,
+        reductions=micro_batches if options.reduce_every_micro_batch else 1,
+        gathered_bytes=gathered,
+        reduced_bytes=reduced,
+        reshards=options.reshard_after_forward,
+        replicas=world_size // ranks,
+    )
+    return sharded(unit_shapes(config.model), shards)
 
 
 def _deepspeed(config: Config, setup: Setup, world_size: int) -> list[Transfer]:
     backend = cast(dict[str, Any], setup.backend)
     zero, micro_batches = backend["zero_optimization"], setup.batches.grad_accumulation
-    units = [_elements(shapes) for shapes in unit_shapes(config.model)]
+    units = [elements(shapes) for shapes in unit_shapes(config.model)]
     size = setup.sharding.working_bytes or 4
     model_bytes, overlaps = size * sum(units), bool(zero["overlap_comm"])
     num_buckets = max(1, math.ceil(sum(units) / zero["reduce_bucket_size"]))
@@ -273,7 +225,7 @@ def _deepspeed(config: Config, setup: Setup, world_size: int) -> list[Transfer]:
         return [reduction, update] if stage else [reduction]
     shapes = [shape for unit in unit_shapes(config.model) for shape in unit]
     threshold = zero["stage3_param_persistence_threshold"]
-    whole_bytes = size * _elements(shape for shape in shapes if math.prod(shape) <= threshold)
+    whole_bytes = size * elements(shape for shape in shapes if math.prod(shape) <= threshold)
     gather = Transfer(
         "all_gather",
         "forward",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from scalellm.plan._ranks import batches_of
 from scalellm.plan.candidates import Candidate, Values, merged, offloading
 from scalellm.plan.devices import Device
 
@@ -36,7 +37,7 @@ def ways_out(
 def _smaller_micro_batch(nearest: Candidate, attempt: Attempt) -> Candidate | None:
     """The largest that fits, by halving, else that of one sample; None if there is none smaller."""
     assert nearest.config is not None
-    found, size = None, nearest.config.batches(nearest.world_size).micro_batch_size // 2
+    found, size = None, batches_of(nearest.config, nearest.world_size).micro_batch_size // 2
     while size >= 1:
         changes = merged(nearest.changes, {"train": {"micro_batch_size": size}})
         found = attempt(f"train.micro_batch_size={size}", nearest.world_size, changes)

@@ -22,7 +22,6 @@ class Part(nn.Module):
         super().__init__()
         self.module = decoder
         self.is_first, self.is_last = is_first, is_last
-        self.autocast: torch.dtype | None = None  # of a part that a pipeline calls
 
     def forward(
         self,
@@ -41,19 +40,6 @@ class Part(nn.Module):
             positions_BT: None: 0 .. T - 1, which only tokens can tell.
             mask_B1TS: what each query may see, if it is not this row's past.
         """
-        enabled = self.autocast is not None
-        with torch.autocast(x.device.type, dtype=self.autocast, enabled=enabled):
-            return self._run(x, targets_BT, positions_BT, documents_BT, mask_B1TS, row_losses)
-
-    def _run(
-        self,
-        x: Tensor,
-        targets_BT: Tensor | None,
-        positions_BT: Tensor | None,
-        documents_BT: Tensor | None,
-        mask_B1TS: Tensor | None,
-        row_losses: RowLosses | None,
-    ) -> Tensor:
         decoder = self.module
         if positions_BT is None:
             positions_BT = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
