@@ -100,7 +100,7 @@ def _labels(text: str) -> list[str]:
 
 def _task(args: argparse.Namespace, precision: str) -> Task:
     model = ModelConfig.model_validate({**SIZES[args.size], "num_kv_heads": 2})
-    rate = {"tiny": 1e-2, "1m": 1e-3, "12m": 3e-4}[args.size]
+    rate = {"tiny": 2e-3, "1m": 1e-3, "12m": 3e-4}[args.size]
     return Task(model, args.steps, precision, learning_rate=rate, grad_clip=0.5)
 
 
