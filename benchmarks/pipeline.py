@@ -115,7 +115,7 @@ def _work(args: argparse.Namespace) -> int:
             if step:
                 bubbles.append(statistics.fmean(row[0] for row in of_all))
                 walls.append(max(row[1] for row in of_all))
-                for action, seconds in time.seconds:
+                for action, seconds in time.computations:
                     times[action.kind].append(seconds)
         costs = _mean_costs(times, world)
         strategy.close()
