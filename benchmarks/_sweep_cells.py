@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from _held import parameters_of_fullest
 
 from scalellm import strategies
 from scalellm.config import Config, parse_config
 from scalellm.dist import World
 from scalellm.errors import ConfigError
 from scalellm.model import count_parameters, flops_per_token
-from scalellm.parity import REPORTED, VARIANTS
+from scalellm.parity import REPORTED, VARIANTS, Variant
 from scalellm.train import check_config
 
 ALL_VARIANTS = VARIANTS | REPORTED
@@ -105,6 +108,7 @@ class Cell:
                 "train": {
                     "steps": steps,
                     "global_batch_size": self.global_batch_size,
+                    "micro_batch_size": self._micro_batch(variant),
                     "precision": self.precision,
                     "compile": self.compile,
                     "activation_checkpointing": self.activation_checkpointing,
@@ -117,6 +121,15 @@ class Cell:
             },
             source=self.id,
         )
+
+    def _micro_batch(self, variant: Variant) -> int | None:
+        """A pipeline needs several a step: eight for each of its ranks together, if there are."""
+        mesh = variant.options.get("mesh", {})
+        if variant.micro_batch is None:
+            return None
+        replicas = self.world_size // math.prod(mesh.values())
+        readers = max(1, replicas * mesh.get("fsdp", 1))
+        return max(1, self.global_batch_size // readers // 8)
 
     def skip_reason(self) -> str | None:
         """The sentence that says why this cell cannot be; None if nothing speaks against it."""
@@ -146,7 +159,8 @@ class Cell:
             + working_bytes / sharding.gradients
             + (3 if has_masters else 2) * full_bytes / sharding.optimizer
         )
-        return int(bytes_per_parameter * count_parameters(config.model))
+        variant = ALL_VARIANTS[self.variant]
+        return int(bytes_per_parameter * parameters_of_fullest(variant, config.model))
 
     def describe(self) -> dict[str, Any]:
         """What the report says of a cell whether or not it ran."""

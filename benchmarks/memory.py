@@ -19,6 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from _held import parameters_of_fullest
+
 from scalellm import strategies
 from scalellm.clusters.local import launch
 from scalellm.config import ModelConfig, StrategyConfig
@@ -27,8 +29,6 @@ from scalellm.errors import UserError
 from scalellm.metrics import peak_rss_bytes, rss_bytes
 from scalellm.model import count_parameters
 from scalellm.parity import VARIANTS, Task, Variant, build, train_steps
-from scalellm.strategies._pipeline_cut import split_layers
-from scalellm.strategies._pipeline_schedule import owner_of, stages_per_rank
 from scalellm.train.folder import describe_environment
 
 MIB = 1 << 20
@@ -120,7 +120,7 @@ def _work(args: argparse.Namespace) -> int:
         row = {
             "memory": memory,
             "peak_bytes": peak_rss_bytes() - baseline_bytes,
-            "theory_bytes": _theory_bytes(_parameters(variant, model), variant, sharding),
+            "theory_bytes": _theory_bytes(parameters_of_fullest(variant, model), variant, sharding),
             "is_sharded": sharding.parameters == world.world_size,
         }
         (args.worker / f"{world.rank}.json").write_text(json.dumps(row))
@@ -143,25 +143,6 @@ def _sharding(name: str, options: dict[str, Any], world: World, task: Task) -> s
     train = task.train_config()
     parsed = strategies.parse_options(config, strategy, world, train)
     return strategy.sharding(parsed, world, train)
-
-
-def _parameters(variant: Variant, model: ModelConfig) -> int:
-    """All of them; of a pipeline as many as would be if all stages were like the fullest one."""
-    parameters = count_parameters(model)
-    ranks = variant.options.get("mesh", {}).get("pp", 1)
-    if ranks == 1:
-        return parameters
-    embedding = (model.vocab_size or 0) * model.hidden_size
-    layer = (parameters - embedding - model.hidden_size) // model.num_layers
-    schedule = variant.options["schedule"]
-    stages = split_layers(model, ranks * stages_per_rank(schedule))
-    held = [0] * ranks
-    for stage, layers in enumerate(stages):
-        ends = (stage == 0) + (stage == len(stages) - 1)  # tied: one copy at either end
-        if schedule == "zero_bubble" and stage == len(stages) - 1:
-            ends = 0  # the rank of the first stage has it
-        held[owner_of(schedule, stage, ranks)] += len(layers) * layer + ends * embedding
-    return max(held) * ranks
 
 
 def _theory_bytes(parameters: int, variant: Variant, sharding: strategies.Sharding) -> int:
