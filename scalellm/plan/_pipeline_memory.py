@@ -134,7 +134,7 @@ def _moments(
     stages: Mapping[int, _Stage], order: Sequence[Action], shards: int, buffers: int
 ) -> Iterator[Level]:
     """Yields the worst moment of each computation of a rank's step, and of the update."""
-    level: Level = Counter(buffers=buffers)
+    level: Level = Counter({"buffers": buffers})
     for stage in stages.values():
         for kind in ("parameters", "optimizer"):
             level[kind] += stage.held(kind) // shards

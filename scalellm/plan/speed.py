@@ -22,9 +22,10 @@ from functools import partial
 from scalellm.config import Config
 from scalellm.model import count_parameters, flops_per_token
 from scalellm.plan._mesh_share import share_of
+from scalellm.plan._transfers import Transfer
 from scalellm.plan.devices import Device, Efficiency
 from scalellm.plan.operators import Work, measure_work
-from scalellm.plan.traffic import Setup, Transfer, set_up, traffic, unit_shapes
+from scalellm.plan.traffic import Setup, set_up, traffic, unit_shapes
 
 
 @dataclass(frozen=True)
