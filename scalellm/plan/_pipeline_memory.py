@@ -8,6 +8,7 @@ nothing, and to keep the gradients of all products' results for the second one.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,8 +96,9 @@ class _Stage:
         words = -(-(self.model.vocab_size or 0) // self.tp) * self.model.hidden_size
         places = self.model.seq_len if self.model.positions == "learned" else 0
         places *= self.model.hidden_size
-        root = places + words * (1 if self.model.tie_embeddings else 2)
-        mine = (places + words) * self.is_first + words * self.is_last
+        norm = sum(math.prod(shape) for shape in unit_shapes(self.model)[-1] if len(shape) == 1)
+        root = places + norm + words * (1 if self.model.tie_embeddings else 2)
+        mine = (places + words) * self.is_first + (words + norm) * self.is_last
         return self.layers * layer_bytes + root_bytes * mine // root
 
     @property
