@@ -104,7 +104,7 @@ def told_pipelines() -> Iterator[None]:
         for stage in stages:
             stage._inference_mode = InferenceMode.STATIC
 
-    _PipelineSchedule._warmup_p2p = warm_up  # type: ignore[method-assign]
+    _PipelineSchedule._warmup_p2p = warm_up  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -3,11 +3,12 @@
 A trace of the decoder on one rank says what a block keeps and what it needs beyond. A stage is some
 of these blocks, with the embedding or the loss at its ends, and a rank's schedule says how many
 micro-batches of it are there at once. Zero bubble's first half of a backward is taken to free
-nothing: this is the upper bound.
+nothing, and to keep the gradients of all products' results for the second one.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from scalellm.config import BatchPlan, Config, ModelConfig
 from scalellm.plan._record import Trace
 from scalellm.plan._steps import FEW_LAYERS, LAST, MIDDLE
 from scalellm.plan.live import KINDS, Kind, Segment
+from scalellm.plan.traffic import unit_shapes
 from scalellm.plan.types import Memory
 from scalellm.strategies._mesh import ParallelOptions
 from scalellm.strategies._pipeline_cut import split_layers
@@ -49,7 +51,7 @@ def pipeline_memory(
         stages = {
             index: _Stage(
                 config.model, trace, size["tp"], len(layers[index]), index == 0,
-                index == len(layers) - 1,
+                index == len(layers) - 1, border_bytes,
             )
             for index in stages_of(options.schedule, rank, size["pp"], per_rank)
         }  # fmt: skip
@@ -77,6 +79,15 @@ class _Stage:
     layers: int
     is_first: bool
     is_last: bool
+    border_bytes: int
+
+    @property
+    def result_gradients_bytes(self) -> int:
+        """Of the results of a micro-batch's products, as wide as the residual stream."""
+        shapes = [shape for shape in unit_shapes(self.model)[0] if len(shape) == 2]
+        features = self.layers * sum(rows for rows, _ in shapes)
+        features += (self.model.vocab_size or 0) * self.is_last
+        return self.border_bytes * features // self.model.hidden_size
 
     def held(self, kind: Kind) -> int:
         """Bytes of its parameters, or of what is as large as they are."""
@@ -85,8 +96,9 @@ class _Stage:
         words = -(-(self.model.vocab_size or 0) // self.tp) * self.model.hidden_size
         places = self.model.seq_len if self.model.positions == "learned" else 0
         places *= self.model.hidden_size
-        root = places + words * (1 if self.model.tie_embeddings else 2)
-        mine = (places + words) * self.is_first + words * self.is_last
+        norm = sum(math.prod(shape) for shape in unit_shapes(self.model)[-1] if len(shape) == 1)
+        root = places + norm + words * (1 if self.model.tie_embeddings else 2)
+        mine = (places + words) * self.is_first + (words + norm) * self.is_last
         return self.layers * layer_bytes + root_bytes * mine // root
 
     @property
@@ -124,7 +136,7 @@ def _moments(
     stages: Mapping[int, _Stage], order: Sequence[Action], shards: int, buffers: int
 ) -> Iterator[Level]:
     """Yields the worst moment of each computation of a rank's step, and of the update."""
-    level: Level = Counter(buffers=buffers)
+    level: Level = Counter({"buffers": buffers})
     for stage in stages.values():
         for kind in ("parameters", "optimizer"):
             level[kind] += stage.held(kind) // shards
@@ -150,12 +162,16 @@ class _Play:
     def __init__(self, stage: _Stage) -> None:
         self.gradients_bytes = stage.held("parameters")
         self.has_gradients = False
+        self._result_gradients_bytes = stage.result_gradients_bytes
         self.kept: Level = Counter()
         for segment in stage.forward:
             self.kept.update(dict(_passing(segment.change)))
         self._forward = self._worst(stage.forward, 0)
         self._first_backward = self._worst(stage.backward, self.gradients_bytes)
         self._backward = self._worst(stage.backward, 0)
+        passing = [Counter(dict(_passing(segment.peak))) for segment in stage.backward]
+        self._half_backward = max(passing, key=_total)
+        self._half_backward["temporary"] += self._result_gradients_bytes
 
     @staticmethod
     def _worst(segments: Sequence[Segment], gradients_bytes: int) -> Level:
@@ -172,6 +188,8 @@ class _Play:
     def worst(self, kind: str) -> Level:
         if kind == "F":
             return self._forward
+        if kind == "I":
+            return self._half_backward
         return self._backward if self.has_gradients else self._first_backward
 
     def after(self, kind: str) -> Level:
@@ -183,6 +201,8 @@ class _Play:
             change["gradients"], self.has_gradients = self.gradients_bytes, True
         if kind != "I":
             change.subtract(self.kept)
+        if kind in ("I", "W"):
+            change["temporary"] += self._result_gradients_bytes * (1 if kind == "I" else -1)
         return change
 
 

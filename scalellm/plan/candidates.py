@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,28 @@ def variants(world_size: int, device: Device, precision: str) -> dict[str, dict[
     for stage in (1, 2, 3):
         found[f"zero-{stage}"] = {"name": "deepspeed", "stage": stage}
     return {**found, **offloading()}
+
+
+_LONG_ROW = 16_384  # tokens from which dividing rows is worth a look
+
+
+def meshes(world_size: int, device: Device, seq_len: int) -> dict[str, dict[str, Any]]:
+    """Meshes of ranks that share a model, tensor groups within a node; the rest are shards."""
+    few = [size for size in (2, 4, 8) if size <= world_size]
+    in_node = [size for size in few if size <= device.devices_per_node]
+    found: list[dict[str, int]] = [{"tp": tp} for tp in in_node]
+    found += [{"tp": tp, "pp": pp} for tp in in_node[-1:] for pp in few]
+    if seq_len >= _LONG_ROW:
+        found += [{"cp": cp} for cp in few]
+    named = {}
+    for mesh in found:
+        rest, left = divmod(world_size, math.prod(mesh.values()))
+        if left or not rest:
+            continue
+        whole = {**mesh, "fsdp": rest} if rest > 1 else mesh
+        label = " x ".join(f"{name} {size}" for name, size in whole.items())
+        named[label] = {"name": "parallel", "mesh": whole}
+    return named
 
 
 def offloading() -> dict[str, dict[str, Any]]:

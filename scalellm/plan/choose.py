@@ -14,7 +14,7 @@ from scalellm.config import BatchPlan, Config, parse_config
 from scalellm.errors import ConfigError
 from scalellm.model import count_parameters
 from scalellm.plan._ranks import batches_of, data_world_size
-from scalellm.plan.candidates import Candidate, Values, merged, variants
+from scalellm.plan.candidates import Candidate, Values, merged, meshes, variants
 from scalellm.plan.devices import Device, Efficiency
 from scalellm.plan.speed import step_time
 from scalellm.plan.traffic import set_up
@@ -30,6 +30,8 @@ _CHECKPOINTING = ("none", "selective", "alternate", "full")
 _MAX_MICRO_BATCH = 128  # rows; what is larger gains nothing more
 # Rooflines do not tell closer rivals apart: the simplest of them is taken.
 _AS_FAST = 0.03
+# Micro-batches for each stage of a pipeline: its bubble is a fifth then.
+_FULL_PIPELINE = 4
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class Chooser:
         self.estimate, self.efficiency = estimate, efficiency
         self.config = parse_config(dict(values))
         self.limit_bytes = int(device.usable_bytes * (1 - MARGIN))
-        # By half precision of weights and checkpointing: the fewest rows that are too many.
-        self._hopeless: dict[tuple[bool, str], int] = {}
+        # By half precision of weights, mesh and checkpointing: the fewest rows that are too many.
+        self._hopeless: dict[tuple[bool, str, str], int] = {}
 
     def plan(self, world_size: int) -> Plan:
         """Returns the comparison.
@@ -85,7 +87,13 @@ class Chooser:
         batches_of(self.config, world_size)  # refuses a batch that no micro-batch divides
         given = self._try(AS_GIVEN, world_size, {})
         found = variants(world_size, self.device, self.config.train.precision)
+        if strategy.name == "parallel":
+            found["parallel"] = {"name": strategy.name, **strategy.options}
         rows = [self._best_of(label, options, world_size) for label, options in found.items()]
+        if world_size > 1 and not any(_fits_on_devices(row) for row in [given, *rows]):
+            # Only here, since each of them takes seconds to look at.
+            shared = meshes(world_size, self.device, self.config.model.seq_len)
+            rows += [self._best_of(label, options, world_size) for label, options in shared.items()]
         fitting = [row for row in [given, *rows] if row.fits]
         fastest_s = min(map(_seconds, fitting), default=0.0)
         rivals = [row for row in fitting if _seconds(row) <= fastest_s * (1 + _AS_FAST)]
@@ -117,12 +125,19 @@ class Chooser:
         share = train.global_batch_size // ranks
         own = train.micro_batch_size or share
         sizes = {1 << k for k in range(_MAX_MICRO_BATCH.bit_length())} | {own}
-        return sorted(size for size in sizes if share % size == 0)
+        fitting = sorted(size for size in sizes if share % size == 0)
+        # A pipeline has a small bubble only if many micro-batches go through it.
+        stages = dict(options.get("mesh") or {}).get("pp", 1)
+        for times in (_FULL_PIPELINE, 1) if stages > 1 else ():
+            fewer = [size for size in fitting if share // size >= stages * times]
+            if fewer:
+                return fewer
+        return fitting
 
     def _best_of(self, label: str, options: Values, world_size: int) -> Candidate:
         """The fastest combination of a variant that fits, else the one that is least too large."""
         given = self.config.strategy
-        if given.name == options["name"]:
+        if given.name == options["name"] and "mesh" not in options:
             options = {**given.options, **options}
         try:
             sizes = self._micro_batch_sizes(options, world_size)
@@ -175,7 +190,7 @@ class Chooser:
 
     def _not_hopeless(self, options: Values, mode: str, sizes: list[int]) -> list[int]:
         """Leaves out micro-batches whose activations alone were too much in another strategy."""
-        key = (self._computes_in_half(options), mode)
+        key = (self._computes_in_half(options), str(options.get("mesh")), mode)
         limit = self._hopeless.get(key, sizes[-1] + 1)
         return [size for size in sizes if size < limit] or sizes[:1]
 
@@ -184,7 +199,8 @@ class Chooser:
         config = candidate.config
         if candidate.memory.activations_bytes > self.limit_bytes:
             options = {"name": config.strategy.name, **config.strategy.options}
-            key = (self._computes_in_half(options), config.train.activation_checkpointing)
+            mode, mesh = config.train.activation_checkpointing, str(options.get("mesh"))
+            key = (self._computes_in_half(options), mesh, mode)
             rows = self._rows(candidate)
             self._hopeless[key] = min(rows, self._hopeless.get(key, rows))
 
@@ -216,6 +232,10 @@ class Chooser:
         if not changes.get("model"):
             self._learn(found)
         return found
+
+
+def _fits_on_devices(candidate: Candidate) -> bool:
+    return candidate.fits and candidate.memory is not None and not candidate.memory.host_bytes
 
 
 def _seconds(candidate: Candidate) -> float:

@@ -9,7 +9,8 @@ import itertools
 
 from scalellm import strategies
 from scalellm.config import Config
-from scalellm.plan._record import engine_runs_dry, is_deepspeed, record_events
+from scalellm.plan._ranks import ranks_of
+from scalellm.plan._record import engine_runs_dry, has_pipeline, is_deepspeed, record_events
 from scalellm.plan.allocator import MIB
 from scalellm.plan.heap import heap_bytes
 from scalellm.plan.types import Memory
@@ -42,6 +43,8 @@ def _hole_bytes(config: Config, world_size: int, memory: Memory) -> int:
         return 0
     if is_deepspeed(config) and not engine_runs_dry(config, world_size):
         return 0
+    if config.strategy.name == "parallel" and has_pipeline(ranks_of(config, world_size).options):
+        return 0  # measured: 2 to 4% too much without any, twice as much with those simulated
     layers = min(config.model.num_layers, _WHOLE_LAYERS)
     model = config.model.model_copy(update={"num_layers": layers})
     small = config.model_copy(update={"model": model})

@@ -15,10 +15,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from scalellm.config import Config
+from scalellm.plan._ranks import ranks_of
 from scalellm.plan._record import Trace, record
 from scalellm.plan._steps import FEW_LAYERS, FIRST, MIDDLE
 from scalellm.plan.live import KINDS, Kind
 from scalellm.plan.types import Collective, CollectiveKind, Memory
+from scalellm.strategies._mesh import ParallelOptions
 
 _MIDDLE_LABELS = (f"forward {MIDDLE}", f"backward {MIDDLE}")
 
@@ -37,6 +39,8 @@ class DryRun:
 def dry_run(config: Config, world_size: int, device_type: str = "cuda") -> DryRun:
     """Runs one optimizer step of rank 0 of `world_size` on fake tensors, after a warm-up step.
 
+    Of a pipeline it is the memory of the first or the last rank, whichever has more.
+
     Accumulation beyond two micro-batches repeats the second: its memory is the same and its traffic
     is counted. Compiling, which changes what is kept for the backward, is left out. The few numbers
     that ranks add up (gradient norm, loss, DDP's map of unused parameters) are not counted.
@@ -52,6 +56,12 @@ def dry_run(config: Config, world_size: int, device_type: str = "cuda") -> DryRu
     started_s = time.perf_counter()
     trace = record(config, world_size, device_type)
     memory, collectives = summarize(trace)
+    options = ranks_of(config, world_size).options
+    if isinstance(options, ParallelOptions) and options.mesh.pp > 1:
+        # The first rank keeps most micro-batches, the last one has the logits.
+        last = world_size - world_size // options.mesh.pp
+        other, _ = summarize(record(config, world_size, device_type, last))
+        memory = max(memory, other, key=lambda one: one.peak_bytes)
     return DryRun(memory, collectives, time.perf_counter() - started_s)
 
 

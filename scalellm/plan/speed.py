@@ -22,9 +22,10 @@ from functools import partial
 from scalellm.config import Config
 from scalellm.model import count_parameters, flops_per_token
 from scalellm.plan._mesh_share import share_of
+from scalellm.plan._transfers import Transfer
 from scalellm.plan.devices import Device, Efficiency
 from scalellm.plan.operators import Work, measure_work
-from scalellm.plan.traffic import Setup, Transfer, set_up, traffic, unit_shapes
+from scalellm.plan.traffic import Setup, set_up, traffic, unit_shapes
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,13 @@ def _time(
     # A GPU is told what to do while it works; a CPU tells itself, before each operator.
     hidden_s = 0.0 if device.is_cpu else compute_s + memory_s
     late_s = max(0.0, launched_s - hidden_s)
-    busy_s = compute_s + memory_s + late_s
+    # What each micro-batch waits for counts as its stage's time.
+    waits_s = sum(
+        time_s
+        for one, time_s in zip(transfers, times, strict=True)
+        if one.micro_batches == micro_batches and one.kind not in ("send", "receive")
+    )
+    busy_s = compute_s + memory_s + late_s + waits_s
     return StepTime(
         compute_s,
         memory_s,

@@ -80,3 +80,13 @@ WIDE = {"num_layers": 4, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 4}
 )
 def test_equals_a_dry_run(world_size: int, of: Config) -> None:
     assert collectives(traffic(of, world_size)) == dry_run(of, world_size).collectives
+
+
+def test_replicas_send_no_less_for_sharing_a_model() -> None:
+    """Two all-gathers and two reduce-scatters a block and micro-batch, and as many backwards."""
+    of = config(1, {"tp": 2}, micro_batches=3)
+    found = {one.kind: one for one in collectives(traffic(of, 2))}
+    blocks, ends = 3 * 2 * (2 + 2), 3 * 2
+    assert found["all_gather"].count == blocks + ends
+    assert found["reduce_scatter"].count == blocks + 3  # of the head's backward only
+    assert found["all_gather"].payload_bytes == found["all_gather"].count * 2 * 32 * 48 * 4
