@@ -18,17 +18,14 @@ from typing import Any, cast
 import torch
 import torch.distributed as tdist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from scalellm.batches import Batch
 from scalellm.config import BatchPlan, ModelConfig, TrainConfig
 from scalellm.dist import World, sum_over_ranks
-from scalellm.errors import ConfigError
 from scalellm.model import Decoder
-from scalellm.strategies._context import Context
-from scalellm.strategies._context import apply as apply_context
+from scalellm.strategies._assembly import assemble
 from scalellm.strategies._mesh import (
     Mesh,
     ParallelOptions,
@@ -38,16 +35,12 @@ from scalellm.strategies._mesh import (
     sizes,
 )
 from scalellm.strategies._norm import norm_of
-from scalellm.strategies._part import Part
 from scalellm.strategies._pipeline import Pipeline, StepTime
-from scalellm.strategies._pipeline_cut import cut, named_parameters, share_embedding, split_layers
-from scalellm.strategies._pipeline_schedule import stages_of, stages_per_rank
 from scalellm.strategies._state import StateSource, check_names
 from scalellm.strategies._sums import sum_gradients
-from scalellm.strategies._tensor import Cut, TensorGroup, divide, has_partial_gradient
-from scalellm.strategies._transforms import apply_transforms, canonical_fqn
+from scalellm.strategies._tensor import has_partial_gradient
+from scalellm.strategies._transforms import canonical_fqn
 from scalellm.strategies.base import (
-    AUTOCAST,
     DataRank,
     MakeOptimizer,
     Options,
@@ -106,89 +99,14 @@ class Parallel(Strategy):
         self._shapes = {name: tuple(p.shape) for name, p in decoder.named_parameters()}
         self._frozen = {n for n, p in decoder.named_parameters() if not p.requires_grad}
         values = given.items() if given is not None else copy.deepcopy(decoder).initial_weights()
-        self._tensor = self._tensor_group(options)
-        self._context = self._context_group(options)
-        self._cuts: dict[str, Cut] = {}
-        parts = [self._build(part) for part in self._parts(decoder)]
-        self.model = self.module = nn.ModuleList(parts) if len(parts) > 1 else parts[0]
-        self._pipeline = self._make_pipeline(cast(list[Part], parts))
-        self._queue: list[Batch] = []
+        made = assemble(decoder, options, self.mesh, self.train, self.world.device)
+        self._made, self._queue = made, list[Batch]()
+        several = len(made.parts) > 1
+        self.model = self.module = nn.ModuleList(made.parts) if several else made.parts[0]
         self._names = {p: name for name, p in self.named_parameters()}
-        # The last stage's of a tied embedding.
-        self._copies = self._find_copies(parts)
+        self._order = list(self._names)
         self._fill_with(values)
         self.optimizer = make_optimizer(self.named_parameters())
-
-    def _tensor_group(self, options: ParallelOptions) -> TensorGroup | None:
-        tp = self.mesh.size["tp"]
-        if tp == 1:
-            return None
-        rank, sequence = self.mesh.place["tp"], options.sequence_parallel
-        return TensorGroup(self.mesh.groups["tp"], rank, tp, divides_tokens=sequence)
-
-    def _context_group(self, options: ParallelOptions) -> Context | None:
-        cp = self.mesh.size["cp"]
-        if cp == 1:
-            return None
-        return Context(self.mesh.groups["cp"], self.mesh.place["cp"], cp, options.context)
-
-    def _parts(self, decoder: Decoder) -> list[nn.Module]:
-        """What this rank holds of a decoder, stage by stage; it is taken apart for it."""
-        pp = self.mesh.size["pp"]
-        if pp == 1 and self._context is None:
-            return [decoder]
-        if type(decoder).forward is not Decoder.forward:
-            raise ConfigError(_OWN_FORWARD.format(name=type(decoder).__name__))
-        if pp == 1:
-            return [Part(decoder)]
-        options = cast(ParallelOptions, self.options)
-        per_rank = stages_per_rank(options.schedule, options.stages_per_rank or 2)
-        layers = split_layers(decoder.config, pp * per_rank)
-        self._stages = stages_of(options.schedule, self.mesh.place["pp"], pp, per_rank)
-        last = len(layers) - 1
-        self._num_stages = len(layers)
-        return [
-            cut(copy.deepcopy(decoder), layers[stage], is_first=stage == 0, is_last=stage == last)
-            for stage in self._stages
-        ]
-
-    def _build(self, part: nn.Module) -> nn.Module:
-        decoder = cast(Decoder, part.module if isinstance(part, Part) else part)
-        if self._tensor is not None:
-            self._cuts |= divide(decoder, self._tensor)
-        if self._context is not None:
-            apply_context(decoder, self._context)
-        apply_transforms(decoder, self.train)
-        if self.mesh.shards is not None:
-            arguments: dict[str, Any] = {"mesh": self.mesh.shards}
-            # A pipeline's stages are used once for each micro-batch: gathered once a step.
-            arguments["reshard_after_forward"] = self.mesh.size["pp"] == 1
-            for block in decoder.get_submodule("layers").children():
-                fully_shard(block, **arguments)
-            fully_shard(part, **arguments)
-        return part.to_empty(device=self.world.device)
-
-    def _make_pipeline(self, parts: list[Part]) -> Pipeline | None:
-        if self.mesh.size["pp"] == 1:
-            return None
-        if self.mesh.shards is None:
-            share_embedding(parts)
-        sequence = self._tensor is not None and self._tensor.divides_tokens
-        return Pipeline(
-            list(zip(self._stages, parts, strict=True)),
-            self._num_stages,
-            self.mesh.groups["pp"],
-            self.world.device,
-            cast(ParallelOptions, self.options).schedule,
-            tokens_divided=self._tensor.size if self._tensor is not None and sequence else 1,
-            autocast_dtype=AUTOCAST.get(self.train.precision),
-        )
-
-    def _find_copies(self, parts: list[nn.Module]) -> set[nn.Parameter]:
-        if self._pipeline is None:
-            return set()
-        named = named_parameters(cast(list[Part], parts))
-        return {parameter for _, parameter, counts in named if not counts}
 
     @torch.no_grad()
     def _fill_with(self, values: Any) -> None:
@@ -215,15 +133,15 @@ class Parallel(Strategy):
         yield
 
     def forward(self, batch: Batch) -> Tensor:
-        if self._context is not None:
-            batch = self._context.local(batch)
-        if self._pipeline is None:
+        if self._made.context is not None:
+            batch = self._made.context.local(batch)
+        if self._made.pipeline is None:
             loss_sum = super().forward(batch)
         elif torch.is_grad_enabled():
             self._queue.append(_with_positions(batch))
             return torch.zeros((), dtype=torch.float64, device=self.world.device)
         else:
-            loss_sum = self._pipeline.evaluate(_with_positions(batch))
+            loss_sum = self._made.pipeline.evaluate(_with_positions(batch))
         self._share_rows(batch)
         return loss_sum / self.mesh.size["tp"]  # each rank of the group has the whole of it
 
@@ -235,10 +153,10 @@ class Parallel(Strategy):
         self.gradient_scale = float(self.mesh.size["tp"])
         if self.mesh.shards is not None:  # FSDP averages; the loss wants a sum
             self.gradient_scale *= self.mesh.shards.size()
-        if self._pipeline is None:
+        if self._made.pipeline is None:
             super().backward(loss_sum, global_tokens)
         elif self._is_last:
-            loss_sum.copy_(self._run_pipeline(self._pipeline, global_tokens))
+            loss_sum.copy_(self._run_pipeline(self._made.pipeline, global_tokens))
         if self._is_last:
             self._finish_gradients()
 
@@ -255,21 +173,21 @@ class Parallel(Strategy):
     @property
     def step_time(self) -> StepTime | None:
         """When this rank computed in its pipeline's last step; None without a pipeline."""
-        return None if self._pipeline is None else self._pipeline.time
+        return None if self._made.pipeline is None else self._made.pipeline.time
 
     def _finish_gradients(self) -> None:
         """Adds what other ranks have of this rank's gradients."""
         self.fill_missing_gradients()
-        if self._pipeline is not None:
-            self._pipeline.sync_tied()
+        if self._made.pipeline is not None:
+            self._made.pipeline.sync_tied()
         bucket_bytes = cast(ParallelOptions, self.options).bucket_mb << 20
-        if self._tensor is not None:
+        if self._made.tensor is not None:
             partial = (
                 gradient
                 for parameter, gradient in self._all_gradients()
-                if has_partial_gradient(self._names[parameter], self._cuts, self._tensor)
+                if has_partial_gradient(self._names[parameter], self._made.cuts, self._made.tensor)
             )
-            sum_gradients(partial, self._tensor.group, bucket_bytes)
+            sum_gradients(partial, self._made.tensor.group, bucket_bytes)
         if self.mesh.sums is not None:
             everything = (gradient for _, gradient in self._all_gradients())
             sum_gradients(everything, self.mesh.sums, bucket_bytes)
@@ -291,12 +209,12 @@ class Parallel(Strategy):
 
     def _counts(self, parameter: nn.Parameter) -> bool:
         """Whether this rank is the first of those that hold the same of a parameter."""
-        if parameter in self._copies:
+        if parameter in self._made.copies:
             return False
         place, names = self.mesh.place, {"dp"}
         if self.mesh.shards is None:
             names |= {"fsdp", "cp"}
-        if self._names[parameter] not in self._cuts:
+        if self._names[parameter] not in self._made.cuts:
             names |= {"tp"}
         return not any(place[name] for name in names)
 
@@ -328,7 +246,7 @@ class Parallel(Strategy):
         return tensor.to_local(), offsets
 
     def begin_of(self, parameter: nn.Parameter) -> tuple[int, ...]:
-        begin, cut = super().begin_of(parameter), self._cuts.get(self._names[parameter])
+        begin, cut = super().begin_of(parameter), self._made.cuts.get(self._names[parameter])
         if cut is None:
             return begin
         return tuple(at + cut.begin * (dim == cut.dim) for dim, at in enumerate(begin))
@@ -337,23 +255,16 @@ class Parallel(Strategy):
         return self._shapes[self._names[parameter]]
 
     def writes(self, index: int) -> bool:
-        return self._counts(list(self._names)[index])
+        return self._counts(self._order[index])
 
     def close(self) -> None:
-        pipeline: Pipeline | None = getattr(self, "_pipeline", None)
-        if pipeline is not None:
-            pipeline.close()
+        if hasattr(self, "_made") and self._made.pipeline is not None:
+            self._made.pipeline.close()
         if hasattr(self, "mesh") and tdist.is_initialized():
             self.mesh.close()
 
     def check_names(self, source: StateSource) -> None:
         check_names(self._shapes, source)  # of all stages
-
-
-_OWN_FORWARD = (
-    "strategy.mesh.cp and pp run a decoder part by part, and {name} has a forward of its own that "
-    "would be passed over; use tp, fsdp and dp"
-)
 
 
 def _with_positions(batch: Batch) -> Batch:

@@ -101,7 +101,9 @@ def check_config(config: Config, world: World) -> tuple[strategies.Options, Batc
     options = strategies.parse_options(config.strategy, strategy_class, world, config.train)
     data_rank = strategy_class.data_rank(options, world)
     plan = config.batches(data_rank.world_size)
-    strategy_class.check_model(options, world, config.train, config.model, plan)
+    for seq_len in {config.model.seq_len, *(stage.seq_len for stage in config.data.stages)}:
+        model = config.model.model_copy(update={"seq_len": seq_len or config.model.seq_len})
+        strategy_class.check_model(options, world, config.train, model, plan)
     return options, plan
 
 

@@ -16,11 +16,12 @@ from scalellm.cli import main
 from scalellm.config import load_config, parse_config
 from scalellm.data import TokenDataset, shares
 from scalellm.data.prepare import PrepareOptions, prepare
+from scalellm.dist import World
 from scalellm.errors import ConfigError, DataError
 from scalellm.metrics import read_rows
 from scalellm.report import draw_loss
 from scalellm.strategies import DataRank
-from scalellm.train import run_training
+from scalellm.train import check_config, run_training
 from scalellm.train.datasets import open_mixture, open_stream
 
 Values = dict[str, Any]
@@ -156,6 +157,13 @@ def test_resumed_under_another_world_size_across_a_stage(
         assert row["tokens_by_source"] == want["tokens_by_source"]
     stored = yaml.safe_load((parted / "config.yaml").read_text())["data"]
     assert Path(stored["mix"]["words"]["path"]).is_absolute()
+
+
+def test_rows_of_every_stage_must_be_divisible(mixed: Values) -> None:
+    mixed["data"]["stages"] = [{"from_step": 1, "seq_len": 18}, {"from_step": 3, "seq_len": 32}]
+    mixed["strategy"] = {"name": "parallel", "mesh": {"cp": 2}}
+    with pytest.raises(ConfigError, match=r"seq_len=18 tokens .* 4 chunks"):
+        check_config(parse_config(mixed), World(world_size=2))
 
 
 def test_a_mixture_of_one(mixed: Values, tmp_path: Path) -> None:
