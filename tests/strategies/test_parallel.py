@@ -280,3 +280,22 @@ def test_frozen_parameters(ranks: Callable[..., list[Curve]], label: str) -> Non
     assert len(alone.gradients) == 5 * 9 - 2
     for found in ranks(frozen_curve, least_ranks(label), label):
         assert worst(found, alone) < 1e-11
+
+
+# -- half precision -----------------------------------------------------------------------------
+
+
+def first_loss(label: str, precision: str) -> float:
+    variant = VARIANTS[label]
+    task = Task(MODEL, 1, precision, micro_batch=1)
+    return run_curve(task, variant.name, variant.options, detect()).losses[0]
+
+
+@pytest.mark.parametrize("label", ["tp", "cp", "pp", "pp-fsdp"])
+def test_autocast_reaches_every_part(ranks: Callable[..., list[float]], label: str) -> None:
+    """A part that computed in fp32 would have its loss, to the last digits."""
+    exact, half = first_loss("single", "fp32"), first_loss("single", "bf16")
+    assert abs(half - exact) > 1e-5
+    for found in ranks(first_loss, least_ranks(label), label, "bf16"):
+        assert abs(found - exact) > 1e-5
+        assert found == pytest.approx(half, abs=4 * abs(half - exact) + 1e-4)
