@@ -73,7 +73,8 @@ def _record(
     plan = here.batches
     sharding = strategy_class.sharding(options, world, config.train)
     away: Any = sharding.offloaded if device_type != "cpu" else frozenset()
-    live = LiveBytes(gloo=device_type == "cpu")
+    # FSDP itself works in place on a CPU (strategies/_gloo.py).
+    live = LiveBytes(gloo=device_type == "cpu" and config.strategy.name != "fsdp")
     model = _meta_model(config)
     with ExitStack() as stack:
         if strategy_class.needs_process_group:

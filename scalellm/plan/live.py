@@ -112,17 +112,14 @@ class LiveBytes(TorchDispatchMode):
 
     def add(self, tensors: Any) -> None:
         """Begins to count the storages of tensors, in any nesting."""
-        for tensor in tree_leaves(tensors):
-            # A tensor on "meta" has a size and no memory, even beside fake ones.
-            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
-                self._number_of(tensor)
+        for tensor in _with_memory(tensors):
+            self._number_of(tensor)
 
     def _add_views(self, result: Any) -> None:
         """Notes tensors that are new and their numbers not: objects, but no memory to speak of."""
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                number = self._number_of(tensor)
-                self._log.append(_View(number, torch.is_grad_enabled()))
+        for tensor in _with_memory(result):
+            number = self._number_of(tensor)
+            self._log.append(_View(number, torch.is_grad_enabled()))
 
     @contextmanager
     def watching_resizes(self) -> Iterator[None]:
@@ -278,6 +275,12 @@ class LiveBytes(TorchDispatchMode):
         traffic = [entry for entry in self._log[start:stop] if isinstance(entry, Traffic)]
         label = cast(str, self._log[start])
         return Segment(label, peak, dict(level), tuple(traffic))
+
+
+def _with_memory(values: Any) -> list[Tensor]:
+    """The tensors in any nesting; one on "meta" has a size and no memory, even beside fake ones."""
+    found = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+    return [tensor for tensor in found if tensor.device.type != "meta"]
 
 
 def local_of(tensor: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from scalellm.config import TrainConfig, setting
 from scalellm.dist import World, sum_over_ranks
 from scalellm.errors import ConfigError
+from scalellm.strategies._gloo import avoid_copies
 from scalellm.strategies._transforms import refuse_one_graph
 from scalellm.strategies.base import Options, Sharding, Strategy, is_meta
 
@@ -117,9 +118,10 @@ class FSDP(Strategy):
             if options.cpu_offload
             else OffloadPolicy(),
         }
-        for block in model.get_submodule("layers").children():
-            fully_shard(block, **arguments)
-        root = fully_shard(model, **arguments)
+        units = [*model.get_submodule("layers").children(), model]
+        for unit in units:
+            root = fully_shard(unit, **arguments)
+            avoid_copies(root, self.mesh.get_group("shard"))
         if hasattr(root, "set_reduce_scatter_unused_params"):  # torch 2.12
             root.set_reduce_scatter_unused_params(True)
         if is_meta(model):

@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as tdist
 from helpers.transformed import transformed_curve
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
+    DefaultAllGather,
+    DefaultReduceScatter,
+)
 
 from scalellm import strategies
 from scalellm.config import ModelConfig, StrategyConfig, TrainConfig
@@ -16,6 +21,7 @@ from scalellm.dist import World, detect
 from scalellm.errors import ConfigError
 from scalellm.model import Decoder, count_parameters
 from scalellm.parity import Curve, Task, build, run_curve, train_steps, worst_difference
+from scalellm.strategies._gloo import _Gather, _ReduceToParts
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2, vocab_size=257, seq_len=16
@@ -98,6 +104,31 @@ def test_bf16_parameters_on_the_wire_train_alike(ranks: Callable[..., list[Any]]
     [found, _] = ranks(bf16_losses, 2, {"param_dtype": "bf16", "reduce_dtype": "fp32"}, "bf16")
     assert found == pytest.approx(exact, rel=2e-2)
     assert found != exact
+
+
+def sent_in_place() -> list[Tensor]:
+    """What our collectives give and, in turn, what gloo's own do."""
+    group, rank, world_size = tdist.group.WORLD, tdist.get_rank(), tdist.get_world_size()
+    assert group is not None
+    part = torch.arange(3.0, dtype=torch.float64) + 10 * rank
+    found = []
+    for gather in (_Gather(), DefaultAllGather()):
+        whole = torch.zeros(3 * world_size, dtype=torch.float64)
+        gather(whole, part, group)
+        found.append(whole)
+    for op in (tdist.ReduceOp.SUM, tdist.ReduceOp.AVG):
+        for reduce in (_ReduceToParts(), DefaultReduceScatter()):
+            reduced = torch.zeros(3, dtype=torch.float64)
+            reduce(reduced, found[0] * (rank + 1), group, op)
+            found.append(reduced)
+    return found
+
+
+def test_collectives_in_place_give_what_gloo_own_do(ranks: Callable[..., list[Any]]) -> None:
+    for rank, found in enumerate(ranks(sent_in_place, 3)):
+        for ours, theirs in zip(found[::2], found[1::2], strict=True):
+            assert torch.equal(ours, theirs)
+        assert found[2].tolist() == [6 * (10 * rank + n) for n in range(3)]
 
 
 def test_more_ranks_than_rows(ranks: Callable[..., list[Any]]) -> None:
