@@ -24,11 +24,12 @@ from scalellm.plan.types import CollectiveKind
 from scalellm.strategies._mesh import ParallelOptions, sizes
 from scalellm.strategies._pipeline_cut import cut, split_layers
 from scalellm.strategies._pipeline_schedule import owner_of, stages_of, stages_per_rank
-from scalellm.strategies._sums import _buckets
+from scalellm.strategies._sums import buckets
 from scalellm.strategies._tensor import Cut, TensorGroup, divide, has_partial_gradient
 from scalellm.strategies._transforms import canonical_fqn
 
 _HALF = ("bf16", "fp16")
+_MESSAGES: tuple[CollectiveKind, ...] = ("send", "receive")
 
 
 def mesh_traffic(
@@ -36,12 +37,7 @@ def mesh_traffic(
 ) -> list[Transfer]:
     """Returns the transfers of rank 0, which holds the first stage."""
     mesh = _Mesh(config, options, batches, sizes(options.mesh, world_size))
-    return [
-        *_tensor(mesh),
-        *_context(mesh),
-        *_pipeline(mesh, world_size),
-        *_data(mesh),
-    ]
+    return [*_tensor(mesh), *_context(mesh), *_pipeline(mesh, world_size), *_data(mesh)]
 
 
 @dataclass(frozen=True)
@@ -239,10 +235,7 @@ def _pipeline(mesh: _Mesh, world_size: int) -> list[Transfer]:
         shards = _shard_ranks(mesh)
         tied = -(-rows // shards) * model.hidden_size * mesh.wide_bytes
         ends = (pp - 1) * stride
-        sends.found += [
-            Transfer("send", "step", 1, tied, 2, ends),
-            Transfer("receive", "step", 1, tied, 2, ends),
-        ]
+        sends.found += [Transfer(kind, "step", 1, tied, 2, ends) for kind in _MESSAGES]
     return sends.found
 
 
@@ -292,11 +285,9 @@ def _summed(
         gradient.new_empty(-(-gradient.shape[0] // shards), *gradient.shape[1:])
         for gradient in gradients
     ]
-    buckets = list(_buckets(local, mesh.options.bucket_mb << 20))
+    count = len(list(buckets(local, mesh.options.bucket_mb << 20)))
     size = sum(gradient.nbytes for gradient in local)
-    return (
-        [Transfer("all_reduce", "backward", len(buckets), size, ranks, stride)] if buckets else []
-    )
+    return [Transfer("all_reduce", "backward", count, size, ranks, stride)] if count else []
 
 
 def _units(part: nn.Module) -> list[list[Shape]]:

@@ -84,11 +84,12 @@ class Chooser:
         strategies.read_options(strategy, strategies.resolve(strategy.name))
         self.device.matrix_rate(self.config.train.precision)
         count_parameters(self.config.model)  # refuses a vocabulary that is not known
-        batches_of(self.config, world_size)  # refuses a batch that no micro-batch divides
+        own = {"name": strategy.name, **strategy.options}
+        self._micro_batch_sizes(own, world_size)  # refuses a batch that no micro-batch divides
         given = self._try(AS_GIVEN, world_size, {})
         found = variants(world_size, self.device, self.config.train.precision)
         if strategy.name == "parallel":
-            found["parallel"] = {"name": strategy.name, **strategy.options}
+            found["parallel"] = own
         rows = [self._best_of(label, options, world_size) for label, options in found.items()]
         if world_size > 1 and not any(_fits_on_devices(row) for row in [given, *rows]):
             # Only here, since each of them takes seconds to look at.

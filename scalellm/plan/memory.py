@@ -47,8 +47,18 @@ def estimate(config: Config, world_size: int, device_type: str = "cuda") -> Memo
         return memory
     micro_batch = batches_of(config, world_size).micro_batch_size
     spared_bytes = spared_by_compiling(config, micro_batch, device_type)
+    spared_bytes //= _sharing_ranks(config, world_size)
     kept_bytes = max(0, memory.activations_bytes - spared_bytes)
     return replace(memory, activations_bytes=kept_bytes)
+
+
+def _sharing_ranks(config: Config, world_size: int) -> int:
+    """Among how many ranks one micro-batch's activations are divided."""
+    options = ranks_of(config, world_size).options
+    if not isinstance(options, ParallelOptions):
+        return 1
+    # A pipeline's rank keeps several micro-batches: what it is spared of the others is not counted.
+    return options.mesh.tp * options.mesh.cp * options.mesh.pp
 
 
 def _uncompiled(config: Config, world_size: int, device_type: str) -> Memory:

@@ -20,7 +20,7 @@ def sum_gradients(
         bucket_bytes: about what is sent at once; one bucket travels while the next is filled.
     """
     waiting: list[tuple[tdist.Work, list[Tensor], Tensor]] = []
-    for bucket in _buckets(gradients, bucket_bytes):
+    for bucket in buckets(gradients, bucket_bytes):
         flat = torch.cat([gradient.flatten() for gradient in bucket])
         waiting.append((_start(flat, group), bucket, flat))
         if len(waiting) > 1:
@@ -42,7 +42,7 @@ def _finish(work: tdist.Work, bucket: list[Tensor], flat: Tensor) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def _buckets(gradients: Iterable[Tensor], bucket_bytes: int) -> Iterable[list[Tensor]]:
+def buckets(gradients: Iterable[Tensor], bucket_bytes: int) -> Iterable[list[Tensor]]:
     bucket: list[Tensor] = []
     size_bytes = 0
     for gradient in gradients:

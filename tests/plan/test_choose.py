@@ -144,7 +144,7 @@ def test_what_the_config_says_stays() -> None:
 
 def test_only_sound_micro_batches_are_tried() -> None:
     chooser = Chooser(merged(VALUES, {"train": {"global_batch_size": 96}}), device(1e9), estimate)
-    assert chooser._micro_batch_sizes(8) == [1, 2, 4]
+    assert chooser._micro_batch_sizes({"name": "ddp"}, 8) == [1, 2, 4]
     with pytest.raises(ConfigError, match="not a multiple"):
         chooser.plan(7)
 
