@@ -19,6 +19,7 @@ from scalellm.errors import ConfigError
 from scalellm.model import Decoder
 from scalellm.strategies._context import Context
 from scalellm.strategies._context import apply as apply_context
+from scalellm.strategies._gloo import avoid_copies
 from scalellm.strategies._mesh import Mesh, ParallelOptions
 from scalellm.strategies._part import Part
 from scalellm.strategies._pipeline import Pipeline
@@ -114,9 +115,8 @@ def _shard(part: nn.Module, decoder: Decoder, mesh: Mesh) -> None:
     arguments: dict[str, Any] = {"mesh": mesh.shards}
     # A pipeline's stages are used once for each micro-batch: gathered once a step.
     arguments["reshard_after_forward"] = mesh.size["pp"] == 1
-    for block in decoder.get_submodule("layers").children():
-        fully_shard(block, **arguments)
-    fully_shard(part, **arguments)
+    for unit in (*decoder.get_submodule("layers").children(), part):
+        avoid_copies(fully_shard(unit, **arguments), mesh.shards.get_group("shard"))
 
 
 def _pipeline(

@@ -75,11 +75,17 @@ def test_what_is_asked_for_and_not_written_to_is_not_resident() -> None:
     assert heap_bytes([*untouched, Event(2, MIB)]) < 2 * MIB
 
 
-def test_a_thread_of_gloo_has_its_largest_collective_and_keeps_nothing() -> None:
-    events = []
-    for number, size_bytes in enumerate((20 * MIB, 100 * MIB, 20 * MIB)):
-        events += [Event(number, size_bytes, "gloo"), Event(number, -size_bytes, "gloo")]
-    assert heap_bytes(events) == 100 * MIB
+def test_threads_of_gloo_take_turns_and_keep_what_is_no_larger_than_their_heap() -> None:
+    def gathered(size_bytes: int, times: int) -> int:
+        events = []
+        for number in range(times):
+            events += [Event(number, size_bytes, "gloo"), Event(number, -size_bytes, "gloo")]
+        return heap_bytes(events)
+
+    once, twice = gathered(20 * MIB, 1), gathered(20 * MIB, 2)
+    assert 20 * MIB < once < 21 * MIB
+    assert twice == 2 * once
+    assert gathered(100 * MIB, 5) == 100 * MIB
 
 
 def test_the_best_fit_is_taken_whatever_was_freed_first() -> None:
