@@ -265,9 +265,13 @@ class Config(Section):
                 )
         return self
 
-    def batches(self, world_size: int) -> BatchPlan:
-        """Splits the global batch over `world_size` ranks; ConfigError if it does not divide."""
-        return BatchPlan.of(self.train.global_batch_size, self.train.micro_batch_size, world_size)
+    def batches(self, world_size: int, readers: str = "world_size") -> BatchPlan:
+        """Splits the global batch over `world_size` readers; ConfigError if it does not divide.
+
+        `readers` is what the error calls them, where they are not all ranks.
+        """
+        train = self.train
+        return BatchPlan.of(train.global_batch_size, train.micro_batch_size, world_size, readers)
 
 
 class BatchPlan(Section):
@@ -278,12 +282,18 @@ class BatchPlan(Section):
     world_size: int
 
     @classmethod
-    def of(cls, global_batch: int, micro_batch: int | None, world_size: int) -> BatchPlan:
+    def of(
+        cls,
+        global_batch: int,
+        micro_batch: int | None,
+        world_size: int,
+        readers: str = "world_size",
+    ) -> BatchPlan:
         unit = world_size * (micro_batch or 1)
         if global_batch % unit:
             low = global_batch // unit * unit
             fits = " or ".join(str(size) for size in (low, low + unit) if size)
-            terms = "world_size" if micro_batch is None else "micro_batch_size x world_size"
+            terms = readers if micro_batch is None else f"micro_batch_size x {readers}"
             numbers = f"{unit}" if micro_batch is None else f"{micro_batch} x {world_size} = {unit}"
             raise ConfigError(
                 f"train.global_batch_size={global_batch} samples is not a multiple of "

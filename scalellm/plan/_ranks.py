@@ -31,7 +31,8 @@ def ranks_of(config: Config, world_size: int, rank: int = 0) -> Ranks:
         rank=rank, world_size=world_size, local_world_size=world_size, launcher="the planner"
     )
     options = strategies.parse_options(config.strategy, strategy, world, config.train)
-    batches = config.batches(strategy.data_rank(options, world).world_size)
+    data_rank = strategy.data_rank(options, world)
+    batches = config.batches(data_rank.world_size, data_rank.name)
     strategy.check_model(options, world, config.train, config.model, batches)
     return Ranks(world, strategy, options, batches)
 

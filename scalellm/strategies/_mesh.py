@@ -155,12 +155,12 @@ def _training_problems(
             "out"
         )
     defaults = ParallelOptions()
-    for name, dim in (("schedule", "pp"), ("context", "cp")):
+    for name, dim in (("schedule", "pp"), ("context", "cp"), ("sequence_parallel", "tp")):
         value = getattr(options, name)
         if size[dim] == 1 and value != getattr(defaults, name):
             yield (
-                f"strategy.{name}={value} is for strategy.mesh.{dim} of 2 or more, here it is 1 "
-                "and would do nothing; leave it out"
+                f"strategy.{name}={_word(value)} is for strategy.mesh.{dim} of 2 or more, here it "
+                "is 1 and would do nothing; leave it out"
             )
 
 
@@ -216,6 +216,10 @@ def _problems(
             f"every rank, and strategy.mesh.tp={tp} divides it (and with it the logits); set it "
             "to 0"
         )
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _divisor(number: int, near: int) -> int:

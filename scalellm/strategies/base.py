@@ -47,12 +47,14 @@ class StepResult:
 class DataRank:
     """Which of a global batch's rows a rank reads: part `rank` of `world_size`.
 
-    Ranks that read the same rows work on them together; one of them, `counts`, counts them.
+    Ranks that read the same rows work on them together; one of them, `counts`, counts them. `name`
+    is what errors call the number of parts.
     """
 
     rank: int
     world_size: int
     counts: bool = True
+    name: str = "world_size"
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Parallel(Strategy):
         place = place_of(world.rank, size)
         counts = not (place["pp"] or place["cp"] or place["tp"])
         rank = place["dp"] * size["fsdp"] + place["fsdp"]
-        return DataRank(rank, size["dp"] * size["fsdp"], counts)
+        return DataRank(rank, size["dp"] * size["fsdp"], counts, "dp x fsdp of strategy.mesh")
 
     @classmethod
     def sharding(cls, options: Options, world: World, train: TrainConfig) -> Sharding:

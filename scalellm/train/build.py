@@ -13,6 +13,7 @@ import torch
 from scalellm import checkpoint, data, launched, strategies
 from scalellm.config import BatchPlan, Config
 from scalellm.dist import World, detect, ranks, together
+from scalellm.errors import ConfigError
 from scalellm.metrics import Progress, check_writers, open_writers
 from scalellm.model import Decoder, count_parameters, cpu_multiplies_bf16
 from scalellm.train.datasets import (
@@ -100,10 +101,15 @@ def check_config(config: Config, world: World) -> tuple[strategies.Options, Batc
     strategy_class = strategies.resolve(config.strategy.name)
     options = strategies.parse_options(config.strategy, strategy_class, world, config.train)
     data_rank = strategy_class.data_rank(options, world)
-    plan = config.batches(data_rank.world_size)
-    for seq_len in {config.model.seq_len, *(stage.seq_len for stage in config.data.stages)}:
-        model = config.model.model_copy(update={"seq_len": seq_len or config.model.seq_len})
-        strategy_class.check_model(options, world, config.train, model, plan)
+    plan = config.batches(data_rank.world_size, data_rank.name)
+    strategy_class.check_model(options, world, config.train, config.model, plan)
+    for stage in config.data.stages:
+        model = config.model.model_copy(update={"seq_len": stage.seq_len or config.model.seq_len})
+        try:
+            strategy_class.check_model(options, world, config.train, model, plan)
+        except ConfigError as error:
+            where = f"data.stages, from step {stage.from_step}"
+            raise ConfigError(f"{where}: {error}".replace("model.seq_len", "seq_len")) from None
     return options, plan
 
 
