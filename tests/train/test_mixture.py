@@ -162,7 +162,9 @@ def test_resumed_under_another_world_size_across_a_stage(
 def test_rows_of_every_stage_must_be_divisible(mixed: Values) -> None:
     mixed["data"]["stages"] = [{"from_step": 1, "seq_len": 18}, {"from_step": 3, "seq_len": 32}]
     mixed["strategy"] = {"name": "parallel", "mesh": {"cp": 2}}
-    with pytest.raises(ConfigError, match=r"data\.stages, from step 1: seq_len=18 tokens .* 4 chunks"):
+    with pytest.raises(
+        ConfigError, match=r"data\.stages, from step 1: seq_len=18 tokens .* 4 chunks"
+    ):
         check_config(parse_config(mixed), World(world_size=2))
 
 
