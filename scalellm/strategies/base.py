@@ -131,6 +131,11 @@ class Strategy:
         del options, train, plan, world
         return None
 
+    @property
+    def dropout_rank(self) -> int:
+        """Ranks with the same number drop the same features: those that hold the same tokens."""
+        return self.world.rank
+
     # -- building ---------------------------------------------------------------------------
 
     def setup(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:

@@ -86,6 +86,11 @@ class Parallel(Strategy):
         ranks = size["pp"] * size["tp"] * (size["fsdp"] * size["cp"] if size["fsdp"] > 1 else 1)
         return Sharding(ranks, ranks, ranks)
 
+    @property
+    def dropout_rank(self) -> int:
+        """Each rank of a tp group computes a part of what all of them drop the same features of."""
+        return self.world.rank // cast(ParallelOptions, self.options).mesh.tp
+
     # -- building ---------------------------------------------------------------------------
 
     def setup(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:

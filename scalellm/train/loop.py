@@ -102,7 +102,7 @@ def _train_step(run: Run, stop: StopSignal) -> tuple[Row, bool]:
     step, strategy, device = run.step + 1, run.strategy, run.world.device
     target_tokens = global_targets(batch, device, counts=strategy.data.counts)
     divisor = max(1, target_tokens)  # packed rows may hold one token each, and no target
-    _seed_step(run.config.run.seed, step, strategy.data.rank)
+    _seed_step(run.config.run.seed, step, strategy.dropout_rank)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     of_mixture: list[Batch] = []
     for micro_batch, is_last in micro_batches(batch, run.micro_batch_size, device):

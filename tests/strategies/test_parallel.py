@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.transformed import transformed_curve
 
-from scalellm.config import ModelConfig, StrategyConfig
+from scalellm.config import ModelConfig, StrategyConfig, TrainConfig
 from scalellm.dist import World, detect
 from scalellm.errors import ConfigError
 from scalellm.model import Decoder, count_parameters
@@ -173,6 +173,16 @@ def test_the_ranks_that_divide_matrices_are_neighbours() -> None:
     places = [place_of(rank, size) for rank in range(8)]
     assert [place["tp"] for place in places] == [0, 1] * 4
     assert [place["pp"] for place in places] == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize(("mesh", "wanted"), [({"tp": 2}, [0, 0, 1, 1]), ({"cp": 2}, [0, 1, 2, 3])])
+def test_dropout_is_the_same_where_matrices_are_divided(
+    mesh: dict[str, int], wanted: list[int]
+) -> None:
+    options = ParallelOptions(mesh=MeshOptions(**mesh))
+    train = TrainConfig()
+    worlds = [World(rank=rank, world_size=4) for rank in range(4)]
+    assert [Parallel(world, train, options).dropout_rank for world in worlds] == wanted
 
 
 # -- transforms ---------------------------------------------------------------------------------
