@@ -67,9 +67,10 @@ def sizes(mesh: MeshOptions, world_size: int) -> dict[str, int]:
         fix = f"start {nearest or dp * fixed:,} ranks"
         if world_size % fixed == 0:
             fix += f", or set strategy.mesh.dp={world_size // fixed}"
+        found = f"{world_size:,} ranks" if world_size > 1 else "one rank"
         raise ConfigError(
             f"strategy.mesh: {product} = {(mesh.dp or 1) * fixed:,} ranks do not make the "
-            f"{world_size:,} ranks of this run; {fix}"
+            f"{found} of this run; {fix}"
         )
     return {"pp": mesh.pp, "dp": dp, "fsdp": mesh.fsdp, "cp": mesh.cp, "tp": mesh.tp}
 
@@ -210,6 +211,11 @@ def _problems(
             )
     except ConfigError as error:
         yield str(error)
+    if (model.vocab_size or tp) < tp:
+        yield (
+            f"strategy.mesh.tp={tp} ranks divide the words, but model.vocab_size="
+            f"{model.vocab_size} are fewer; use tp={model.vocab_size} or less"
+        )
     if tp > 1 and model.loss_chunk_tokens:
         yield (
             f"model.loss_chunk_tokens={model.loss_chunk_tokens} needs the whole output matrix on "

@@ -49,4 +49,6 @@ class Part(nn.Module):
             mask_B1TS = document_mask(documents_BT)
         for layer in decoder.layers.children():
             x_BTC = layer(x_BTC, rotation_2BT1R, mask_B1TS)
-        return decoder.finish(x_BTC, targets_BT, row_losses) if self.is_last else x_BTC
+        if self.is_last:
+            return decoder.finish(x_BTC, targets_BT, row_losses)
+        return x_BTC.contiguous()  # it is sent

@@ -127,6 +127,11 @@ class Stage(PipelineStage):
     ) -> None:
         with self._timed("B" if full_backward else "I", bwd_chunk_id):
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+            # Of divided tokens a gradient may be a transposed view, which cannot be sent.
+            self.bwd_cache[bwd_chunk_id] = tuple(
+                gradient.contiguous() if isinstance(gradient, Tensor) else gradient
+                for gradient in self.bwd_cache[bwd_chunk_id]
+            )
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         with self._timed("W", bwd_chunk_id):

@@ -47,9 +47,8 @@ class TensorGroup:
     divides_tokens: bool = True
 
     def range_of(self, size: int) -> tuple[int, int]:
-        """All ranks have as many, but for the last."""
-        each = -(-size // self.size)
-        return min(size, self.rank * each), min(size, (self.rank + 1) * each)
+        """As even as can be, the first ranks have one more; of as many as ranks each has one."""
+        return -(-size * self.rank // self.size), -(-size * (self.rank + 1) // self.size)
 
 
 def divide(decoder: Decoder, ranks: TensorGroup) -> dict[str, Cut]:

@@ -52,6 +52,34 @@ def test_the_same_curve_as_one_process(
         assert worst(found, wanted["plain"]) < 1e-11
 
 
+def mixed_curve(schedule: str) -> Curve:
+    options = {"mesh": {"pp": 2, "tp": 2}, "schedule": schedule}
+    return run_curve(Task(MODEL, 3, "fp64", micro_batch=2), "parallel", options, detect())
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "interleaved", "zero_bubble"])
+def test_divided_tokens_travel_in_every_schedule(
+    ranks: Callable[..., list[Curve]], schedule: str
+) -> None:
+    """Two rows a micro-batch: of one, a transposed view is contiguous too."""
+    alone = run_curve(Task(MODEL, 3, "fp64", micro_batch=2), "single", {}, World())
+    for found in ranks(mixed_curve, 4, schedule):
+        assert worst(found, alone) < 1e-11
+
+
+def few_words() -> Curve:
+    model = MODEL.model_copy(update={"vocab_size": 5})
+    return run_curve(Task(model, 2, "fp64"), "parallel", {"mesh": {"tp": 2, "dp": 2}}, detect())
+
+
+def test_fewer_words_than_would_fill_equal_parts(ranks: Callable[..., list[Curve]]) -> None:
+    alone = run_curve(
+        Task(MODEL.model_copy(update={"vocab_size": 5}), 2, "fp64"), "single", {}, World()
+    )
+    for found in ranks(few_words, 4):
+        assert worst(found, alone) < 1e-11
+
+
 @pytest.mark.parametrize("label", ["tp", "tp-whole-rows", "cp", "pp", "pp-tp"])
 def test_other_decoders(
     ranks: Callable[..., list[Curve]], wanted: dict[str, Curve], label: str
