@@ -8,6 +8,7 @@ from scalellm import strategies
 from scalellm.config import BatchPlan, Config
 from scalellm.dist import World
 from scalellm.strategies import Options, Strategy
+from scalellm.train import check_config
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,7 @@ def ranks_of(config: Config, world_size: int, rank: int = 0) -> Ranks:
     world = World(
         rank=rank, world_size=world_size, local_world_size=world_size, launcher="the planner"
     )
-    options = strategies.parse_options(config.strategy, strategy, world, config.train)
-    data_rank = strategy.data_rank(options, world)
-    batches = config.batches(data_rank.world_size, data_rank.name)
-    strategy.check_model(options, world, config.train, config.model, batches)
+    options, batches = check_config(config, world)
     return Ranks(world, strategy, options, batches)
 
 
