@@ -72,9 +72,8 @@ def leave(code: int) -> NoReturn:
     """
     if "torch.distributed" not in sys.modules:
         sys.exit(code)
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    # What Python does first of all too: it ends idle pools of threads, and waits for the others.
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(BrokenPipeError):  # the reader has left

@@ -88,7 +88,7 @@ def test_what_this_c_library_takes(
 
 
 _LEAVING = """
-import atexit, sys, threading, time
+import atexit, concurrent.futures, sys, threading, time
 from scalellm.process import leave
 if sys.argv[2] == "rank":
     import torch.distributed
@@ -97,6 +97,8 @@ class Torn:
         print("torn down")
 torn = Torn()
 atexit.register(print, "at exit")
+pool = concurrent.futures.ThreadPoolExecutor()
+pool.submit(print, "a pool's work").result()  # its thread waits for more, as Inductor's do
 threading.Thread(target=lambda: (time.sleep(0.2), print("a thread's work"))).start()
 leave(int(sys.argv[1]))
 """
@@ -106,9 +108,13 @@ leave(int(sys.argv[1]))
 def test_a_rank_leaves_without_python_taking_itself_down(kind: str) -> None:
     """What a program asked for at its end is done all the same."""
     done = subprocess.run(
-        [sys.executable, "-c", _LEAVING, "3", kind], capture_output=True, text=True, check=False
+        [sys.executable, "-c", _LEAVING, "3", kind],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
-    wanted = ["a thread's work", "at exit"] + ["torn down"] * (kind == "other")
+    wanted = ["a pool's work", "a thread's work", "at exit"] + ["torn down"] * (kind == "other")
     assert (done.returncode, done.stdout.splitlines()) == (3, wanted)
 
 
