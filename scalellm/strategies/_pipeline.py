@@ -22,7 +22,14 @@ from scalellm.batches import Batch
 from scalellm.strategies._part import Part
 from scalellm.strategies._pipeline_cut import tied_ends
 from scalellm.strategies._pipeline_schedule import Action, make_schedule, owner_of
-from scalellm.strategies._pipeline_stage import Clock, Stage, Step, autocast, keywords_of
+from scalellm.strategies._pipeline_stage import (
+    Clock,
+    Stage,
+    Step,
+    autocast,
+    check_sent,
+    keywords_of,
+)
 
 
 class StepTime:
@@ -184,6 +191,8 @@ class Pipeline:
             if part.is_last:
                 loss_sum = x
             elif index + 1 not in self.parts:
+                told = self._activation(batch.tokens_BT.shape, torch.device("meta"))
+                check_sent(index, x, told)
                 tdist.send(x, group=self.group, group_dst=self._owner(index + 1))
         for part in self.parts.values():
             _reshard(part)

@@ -115,7 +115,7 @@ class Stage(PipelineStage):
         if self.is_last:
             self.step.losses[fwd_chunk_id] = output.detach()
         else:
-            self._check(output)
+            check_sent(self.stage_index, output, self.activation)
         return output
 
     def backward_one_chunk(
@@ -149,11 +149,12 @@ class Stage(PipelineStage):
         action = Action(kind, self.stage_index, micro_batch)
         self.step.spans.append((action, start, clock.now()))
 
-    def _check(self, output: Tensor) -> None:
-        """The next stage has made room for what it was told: anything else would be garbage."""
-        found, told = (output.dtype, output.shape), (self.activation.dtype, self.activation.shape)
-        if found != told:
-            raise RuntimeError(
-                f"stage {self.stage_index} of the pipeline returned {found}, not {told}: "
-                "tell Pipeline the activation_dtype its parts compute in"
-            )
+
+def check_sent(stage: int, output: Tensor, told: Tensor) -> None:
+    """The next stage has made room for what it was told: anything else would be garbage."""
+    if (output.dtype, output.shape) != (told.dtype, told.shape):
+        raise RuntimeError(
+            f"stage {stage} of the pipeline returned {output.dtype}, {tuple(output.shape)}, not "
+            f"{told.dtype}, {tuple(told.shape)}: tell Pipeline the activation_dtype its parts "
+            "compute in"
+        )

@@ -21,7 +21,6 @@ from scalellm.strategies._part import Part
 from scalellm.strategies._pipeline import Pipeline
 from scalellm.strategies._pipeline_cut import cut, named_parameters, share_embedding, split_layers
 from scalellm.strategies._pipeline_schedule import Action, stages_of, stages_per_rank
-from scalellm.strategies._pipeline_stage import MaskedBatch
 from scalellm.strategies._transforms import apply_transforms
 
 SHAPE = {
@@ -77,7 +76,7 @@ def masked(batch: Batch) -> Batch:
     """The same, with the mask given that the documents make."""
     if batch.documents_BT is None:
         return batch
-    return MaskedBatch(
+    return Batch(
         batch.tokens_BT,
         batch.targets_BT,
         batch.positions_BT,

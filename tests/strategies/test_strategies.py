@@ -44,7 +44,7 @@ def one_step(strategy: Single) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 def test_the_words_are_the_files() -> None:
-    assert strategies.names() == ["accelerate", "ddp", "deepspeed", "fsdp", "single"]
+    assert strategies.names() == ["accelerate", "ddp", "deepspeed", "fsdp", "parallel", "single"]
     assert strategies.resolve("ddp").__name__ == "DDP"
 
 
