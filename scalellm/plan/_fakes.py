@@ -16,7 +16,8 @@ from torch.distributed.pipelining.schedules import _PipelineSchedule
 from torch.distributed.tensor import DTensor
 
 from scalellm.dist import World
-from scalellm.strategies import _context
+from scalellm.plan.live import LiveBytes
+from scalellm.strategies import _context, _gloo
 from scalellm.strategies._mesh import Mesh, ParallelOptions
 
 
@@ -25,12 +26,30 @@ def fake_group(world_size: int, rank: int = 0) -> Iterator[None]:
     """This process is rank `rank` of so many; collectives leave their outputs as they are."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    _forget_meshes()
     tdist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         with _own_shards_only():
             yield
     finally:
         tdist.destroy_process_group()
+        _forget_meshes()
+
+
+def _forget_meshes() -> None:
+    """Clears what DTensor keeps by mesh: one of the same ranks counts as the same mesh.
+
+    A rank that trains after a dry run, or is forked from one that took it, would otherwise take its
+    own place from rank 0's mesh, and its weights from rank 0's part of them.
+    """
+    from torch.distributed.tensor import _redistribute, debug
+
+    for clear in (
+        getattr(debug, "_clear_sharding_prop_cache", None),
+        getattr(getattr(_redistribute, "_gen_transform_infos", None), "cache_clear", None),
+    ):
+        if clear is not None:
+            clear()
 
 
 @contextmanager
@@ -72,6 +91,26 @@ class _Chunks:
         if length <= 0 and index > 0:
             return self._tensor.new_empty(0)
         return self._tensor.narrow(self._dim, start, length)
+
+
+@contextmanager
+def gloo_of(device_type: str, live: LiveBytes) -> Iterator[None]:
+    """Has FSDP communicate as it does between CPUs, and notes what it asks for."""
+    if device_type != "cpu":
+        yield
+        return
+    uses_gloo, exchange = _gloo.uses_gloo, _gloo.exchange
+
+    def noted(kind: _gloo.Kind, whole: Tensor, *_: Any) -> list[tdist.Work]:
+        live.call("buffers", [whole])
+        live.count_collective(kind, whole.nbytes)
+        return []
+
+    _gloo.uses_gloo, _gloo.exchange = lambda group: True, noted  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        _gloo.uses_gloo, _gloo.exchange = uses_gloo, exchange
 
 
 @contextmanager

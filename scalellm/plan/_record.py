@@ -18,6 +18,7 @@ from scalellm.errors import ConfigError, UserError
 from scalellm.model import Decoder
 from scalellm.plan._fakes import (
     fake_group,
+    gloo_of,
     kernels_of,
     real_meshes,
     replaced_parameters,
@@ -73,12 +74,12 @@ def _record(
     plan = here.batches
     sharding = strategy_class.sharding(options, world, config.train)
     away: Any = sharding.offloaded if device_type != "cpu" else frozenset()
-    # FSDP itself works in place on a CPU (strategies/_gloo.py).
-    live = LiveBytes(gloo=device_type == "cpu" and config.strategy.name != "fsdp")
+    live = LiveBytes(gloo=device_type == "cpu")
     model = _meta_model(config)
     with ExitStack() as stack:
         if strategy_class.needs_process_group:
             stack.enter_context(fake_group(world_size, rank))
+            stack.enter_context(gloo_of(device_type, live))
             stack.enter_context(real_meshes())
             stack.enter_context(replaced_parameters())
             stack.enter_context(told_pipelines())

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from scalellm.config import TrainConfig
@@ -19,7 +20,7 @@ from scalellm.errors import ConfigError
 from scalellm.model import Decoder
 from scalellm.strategies._context import Context
 from scalellm.strategies._context import apply as apply_context
-from scalellm.strategies._gloo import avoid_copies
+from scalellm.strategies._gloo import Reductions, compute_beside
 from scalellm.strategies._mesh import Mesh, ParallelOptions
 from scalellm.strategies._part import Part
 from scalellm.strategies._pipeline import Pipeline
@@ -38,6 +39,7 @@ class Assembly:
         parts: the decoder, or its stages here in order, as `Part` where rows or layers are divided.
         cuts: which part of a matrix is here, by FQN.
         copies: the last stage's of a tied embedding, which is the first one's in norms and files.
+        reductions: of gradients to shards; None where nothing is sharded.
     """
 
     parts: list[nn.Module]
@@ -46,6 +48,7 @@ class Assembly:
     pipeline: Pipeline | None
     cuts: dict[str, Cut]
     copies: set[nn.Parameter]
+    reductions: Reductions | None
 
 
 def assemble(
@@ -69,6 +72,7 @@ def assemble(
         context = Context(mesh.groups["cp"], place["cp"], size["cp"], options.context)
     cuts: dict[str, Cut] = {}
     parts: dict[int, nn.Module] = {}
+    reductions: Reductions | None = None
     for stage, part in _stages(decoder, options, mesh).items():
         inner = cast(Decoder, part.module if isinstance(part, Part) else part)
         if tensor is not None:
@@ -76,13 +80,14 @@ def assemble(
         if context is not None:
             apply_context(inner, context)
         apply_transforms(inner, train)
-        _shard(part, inner, mesh)
+        if mesh.shards is not None:
+            reductions = _shard(part, inner, mesh.shards, is_stage=size["pp"] > 1)
         parts[stage] = part.to_empty(device=device)
     pipeline = _pipeline(parts, options, mesh, train, device, tensor) if size["pp"] > 1 else None
     held = list(parts.values())
     named = named_parameters(cast(list[Part], held)) if pipeline is not None else ()
     copies = {parameter for _, parameter, counts in named if not counts}
-    return Assembly(held, tensor, context, pipeline, cuts, copies)
+    return Assembly(held, tensor, context, pipeline, cuts, copies, reductions)
 
 
 def _stages(decoder: Decoder, options: ParallelOptions, mesh: Mesh) -> dict[int, nn.Module]:
@@ -109,14 +114,12 @@ def _stages(decoder: Decoder, options: ParallelOptions, mesh: Mesh) -> dict[int,
     }
 
 
-def _shard(part: nn.Module, decoder: Decoder, mesh: Mesh) -> None:
-    if mesh.shards is None:
-        return
-    arguments: dict[str, Any] = {"mesh": mesh.shards}
-    # A pipeline's stages are used once for each micro-batch: gathered once a step.
-    arguments["reshard_after_forward"] = mesh.size["pp"] == 1
-    for unit in (*decoder.get_submodule("layers").children(), part):
-        avoid_copies(fully_shard(unit, **arguments), mesh.shards.get_group("shard"))
+def _shard(part: nn.Module, decoder: Decoder, mesh: DeviceMesh, *, is_stage: bool) -> Reductions:
+    layers = list(decoder.get_submodule("layers").children())
+    for unit in (*layers, part):
+        # A pipeline's stages are used once for each micro-batch: gathered once a step.
+        fully_shard(unit, mesh=mesh, reshard_after_forward=not is_stage)
+    return compute_beside([part, *layers], mesh, gathers_ahead=not is_stage)
 
 
 def _pipeline(

@@ -28,7 +28,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from scalellm.config import TrainConfig, setting
 from scalellm.dist import World, sum_over_ranks
 from scalellm.errors import ConfigError
-from scalellm.strategies._gloo import avoid_copies
+from scalellm.strategies._gloo import compute_beside
 from scalellm.strategies._transforms import refuse_one_graph
 from scalellm.strategies.base import Options, Sharding, Strategy, is_meta
 
@@ -101,7 +101,6 @@ class FSDP(Strategy):
 
     def wrap(self, model: nn.Module) -> nn.Module:
         options = cast(FSDPOptions, self.options)
-        self.gradient_scale = float(self.world.world_size)  # FSDP averages; the loss wants a sum
         self.mesh = self._make_mesh(options.shard_ranks)
         on_gpu = self.world.device.type == "cuda"
         arguments: dict[str, Any] = {
@@ -118,10 +117,13 @@ class FSDP(Strategy):
             if options.cpu_offload
             else OffloadPolicy(),
         }
-        units = [*model.get_submodule("layers").children(), model]
-        for unit in units:
-            root = fully_shard(unit, **arguments)
-            avoid_copies(root, self.mesh.get_group("shard"))
+        layers = list(model.get_submodule("layers").children())
+        for unit in layers:
+            fully_shard(unit, **arguments)
+        root = fully_shard(model, **arguments)
+        self._reductions = compute_beside([model, *layers], self.mesh)
+        if not self._reductions.are_sums:  # FSDP averages; the loss wants a sum
+            self.gradient_scale = float(self.world.world_size)
         if hasattr(root, "set_reduce_scatter_unused_params"):  # torch 2.12
             root.set_reduce_scatter_unused_params(True)
         if is_meta(model):
@@ -144,6 +146,10 @@ class FSDP(Strategy):
         if not cast(FSDPOptions, self.options).reduce_every_micro_batch:
             cast(FSDPModule, self.module).set_requires_gradient_sync(is_last)
         yield
+
+    def backward(self, loss_sum: Tensor, global_tokens: int) -> None:
+        with self._reductions.beside_backward(self.optimizer):
+            super().backward(loss_sum, global_tokens)
 
     def grad_norm(self) -> float:
         """Each rank sums the squares it holds; of replicas only the first counts."""

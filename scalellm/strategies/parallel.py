@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -156,10 +156,12 @@ class Parallel(Strategy):
 
     def backward(self, loss_sum: Tensor, global_tokens: int) -> None:
         self.gradient_scale = float(self.mesh.size["tp"])
-        if self.mesh.shards is not None:  # FSDP averages; the loss wants a sum
-            self.gradient_scale *= self.mesh.shards.size()
+        reductions, shards = self._made.reductions, self.mesh.shards
+        if reductions is not None and shards is not None and not reductions.are_sums:
+            self.gradient_scale *= shards.size()  # FSDP averages; the loss wants a sum
         if self._made.pipeline is None:
-            super().backward(loss_sum, global_tokens)
+            with reductions.beside_backward(self.optimizer) if reductions else nullcontext():
+                super().backward(loss_sum, global_tokens)
         elif self._is_last:
             loss_sum.copy_(self._run_pipeline(self._made.pipeline, global_tokens))
         if self._is_last:

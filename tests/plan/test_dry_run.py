@@ -6,6 +6,7 @@ import functools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import _chunk_with_empty a
 
 from scalellm.batches import Batch
 from scalellm.config import Config, parse_config
-from scalellm.dist import World
+from scalellm.dist import World, detect
 from scalellm.errors import UserError
 from scalellm.model import Decoder, count_parameters
+from scalellm.parity import TOLERANCE, Curve, Task, run_curve, worst_difference
 from scalellm.plan import dry_run as module
 from scalellm.plan._fakes import _Chunks
 from scalellm.plan.dry_run import dry_run
@@ -288,3 +290,21 @@ def test_a_gpu_s_norm_keeps_its_input_and_a_number_a_row() -> None:
     plain = config({"name": "single"})
     assert dry_run(plain, 1, "cuda").memory.peak_bytes < dry_run(plain, 1, "cpu").memory.peak_bytes
     assert torch.nn.RMSNorm(4)(torch.ones(4)).tolist() == pytest.approx([1.0] * 4)
+
+
+def trained(task: Task) -> Curve:
+    """As this process's rank."""
+    return run_curve(task, "fsdp", {}, detect())
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_rank_that_trains_after_a_dry_run_takes_its_own_part(
+    ranks: Callable[..., list[Curve]], world_size: int
+) -> None:
+    """Its weights would be rank 0's, if DTensor remembered the mesh of the dry run."""
+    made = config({"name": "fsdp"}, world_size)
+    dry_run(made, world_size, "cpu")
+    task = Task(made.model, steps=2, precision="fp32", global_batch=6)
+    [alone] = ranks(trained, 1, task)
+    for curve in ranks(trained, world_size, task):
+        assert worst_difference(curve, alone) < TOLERANCE["fp32"]

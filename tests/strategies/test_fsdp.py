@@ -21,7 +21,7 @@ from scalellm.dist import World, detect
 from scalellm.errors import ConfigError
 from scalellm.model import Decoder, count_parameters
 from scalellm.parity import Curve, Task, build, run_curve, train_steps, worst_difference
-from scalellm.strategies._gloo import _Gather, _ReduceToParts
+from scalellm.strategies._gloo import Reductions, _Gather, _ReduceToParts
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2, vocab_size=257, seq_len=16
@@ -106,29 +106,115 @@ def test_bf16_parameters_on_the_wire_train_alike(ranks: Callable[..., list[Any]]
     assert found != exact
 
 
-def sent_in_place() -> list[Tensor]:
+def sent_by_parts(dtype: torch.dtype) -> list[Tensor]:
     """What our collectives give and, in turn, what gloo's own do."""
     group, rank, world_size = tdist.group.WORLD, tdist.get_rank(), tdist.get_world_size()
     assert group is not None
-    part = torch.arange(3.0, dtype=torch.float64) + 10 * rank
+    part = torch.arange(3.0, dtype=dtype) + 10 * rank
     found = []
     for gather in (_Gather(), DefaultAllGather()):
-        whole = torch.zeros(3 * world_size, dtype=torch.float64)
-        gather(whole, part, group)
+        whole = torch.zeros(3 * world_size, dtype=dtype)
+        whole[3 * rank : 3 * rank + 3] = part  # as FSDP does
+        work = gather(whole, whole[3 * rank : 3 * rank + 3], group, async_op=True)
+        assert work is not None
+        work.wait()
         found.append(whole)
-    for op in (tdist.ReduceOp.SUM, tdist.ReduceOp.AVG):
-        for reduce in (_ReduceToParts(), DefaultReduceScatter()):
-            reduced = torch.zeros(3, dtype=torch.float64)
-            reduce(reduced, found[0] * (rank + 1), group, op)
-            found.append(reduced)
+    for reduce in (_ReduceToParts(Reductions(are_sums=True)), DefaultReduceScatter()):
+        reduced = torch.zeros(3, dtype=dtype)
+        reduce(reduced, found[0] * (rank + 1), group, tdist.ReduceOp.SUM)
+        found.append(reduced)
     return found
 
 
-def test_collectives_in_place_give_what_gloo_own_do(ranks: Callable[..., list[Any]]) -> None:
-    for rank, found in enumerate(ranks(sent_in_place, 3)):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_collectives_by_parts_give_what_gloo_own_do(
+    ranks: Callable[..., list[Any]], dtype: torch.dtype
+) -> None:
+    for rank, found in enumerate(ranks(sent_by_parts, 3, dtype)):
         for ours, theirs in zip(found[::2], found[1::2], strict=True):
             assert torch.equal(ours, theirs)
         assert found[2].tolist() == [6 * (10 * rank + n) for n in range(3)]
+
+
+def optimizer(gradient: Tensor | None) -> torch.optim.Optimizer:
+    parameter = nn.Parameter(torch.zeros(1))
+    parameter.grad = gradient
+    return torch.optim.SGD([parameter])
+
+
+@pytest.mark.parametrize(
+    ("gradient", "may_wait", "waits"),
+    [(None, True, True), (None, False, False), (torch.zeros(1), True, False)],
+)
+def test_a_reduction_goes_on_beside_the_backward_where_nothing_takes_it_up_at_once(
+    gradient: Tensor | None, *, may_wait: bool, waits: bool
+) -> None:
+    done: list[str] = []
+    reductions = Reductions(are_sums=True)
+    with reductions.beside_backward(optimizer(gradient)):
+        reductions.add(lambda: done.append("first"), may_wait=may_wait)
+        assert done == ([] if waits else ["first"])
+        reductions.add(lambda: done.append("second"), may_wait=may_wait)
+        assert done == (["first"] if waits else ["first", "second"])
+    assert done == ["first", "second"]
+    reductions.add(lambda: done.append("outside"), may_wait=may_wait)
+    assert done[-1] == "outside"
+
+
+def test_a_backward_that_fails_leaves_nothing_under_way() -> None:
+    done: list[str] = []
+    reductions = Reductions(are_sums=True)
+    with (
+        pytest.raises(ZeroDivisionError),
+        reductions.beside_backward(optimizer(None)),
+    ):
+        reductions.add(lambda: done.append("lost"), may_wait=True)
+        raise ZeroDivisionError
+    reductions.add(lambda: done.append("next"), may_wait=True)
+    assert done == ["next"]
+
+
+def what_goes_on_beside(options: dict[str, Any], micro_batch: int | None) -> list[bool]:
+    """For each reduction of a step, whether the backward went on before it was complete."""
+    task = Task(MODEL, 1, "fp32", micro_batch=micro_batch)
+    strategy = build(task, "fsdp", options, detect())
+    seen: list[bool] = []
+    add = Reductions.add
+
+    def noted(reductions: Reductions, finish: Callable[[], None], *, may_wait: bool) -> None:
+        add(reductions, finish, may_wait=may_wait)
+        seen.append(bool(reductions._under_way))
+
+    Reductions.add = noted  # type: ignore[method-assign]
+    for _ in train_steps(strategy, task, detect(), range(1)):
+        pass
+    strategy.close()
+    return seen
+
+
+UNITS = MODEL.num_layers + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "micro_batch", "world_size", "beside"),
+    [
+        ({}, None, 2, [True] * UNITS),
+        ({}, 2, 2, [True] * UNITS + [False] * UNITS),
+        ({"reshard_after_forward": False}, 2, 2, [True] * UNITS + [False] * UNITS),
+        ({"reduce_every_micro_batch": False}, 2, 2, [True] * UNITS),
+        ({"shard_ranks": 2}, None, 4, [False] * UNITS),
+        ({"reduce_dtype": "bf16"}, None, 2, [False] * UNITS),
+    ],
+)
+def test_which_reductions_go_on_beside_the_backward(
+    ranks: Callable[..., list[Any]],
+    options: dict[str, Any],
+    micro_batch: int | None,
+    world_size: int,
+    beside: list[bool],
+) -> None:
+    for seen in ranks(what_goes_on_beside, world_size, options, micro_batch):
+        assert seen == beside
 
 
 def test_more_ranks_than_rows(ranks: Callable[..., list[Any]]) -> None:
