@@ -217,6 +217,44 @@ def test_which_reductions_go_on_beside_the_backward(
         assert seen == beside
 
 
+class LeavesOut(Decoder):
+    """Its second block runs in every other forward only."""
+
+    calls = 0
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Tensor:
+        LeavesOut.calls += 1
+        layers = self.layers
+        if LeavesOut.calls % 2:
+            self.layers = nn.ModuleList([layers[0], *layers[2:]])
+        try:
+            return super().forward(*arguments, **keywords)
+        finally:
+            self.layers = layers
+
+
+def leaving_out(name: str) -> Curve:
+    task = Task(MODEL.model_copy(update={"num_layers": 3}), 4, "fp32", learning_rate=2e-3)
+    with torch.device("meta"):
+        model = LeavesOut(task.model)
+    LeavesOut.calls = 0
+    strategy, curve = build(task, name, {}, detect(), model), Curve()
+    for loss, norm, gradients in train_steps(strategy, task, detect(), range(4)):
+        curve.losses.append(loss)
+        curve.grad_norms.append(norm)
+        curve.gradients = curve.gradients or gradients
+    strategy.close()
+    return curve
+
+
+def test_a_block_that_is_left_out_was_gathered_for_nothing(
+    ranks: Callable[..., list[Any]],
+) -> None:
+    [alone] = ranks(leaving_out, 1, "single")
+    for curve in ranks(leaving_out, 2, "fsdp"):
+        assert worst_difference(curve, alone) < 1e-5
+
+
 def test_more_ranks_than_rows(ranks: Callable[..., list[Any]]) -> None:
     """A parameter with fewer rows than ranks leaves some of them with nothing of it."""
     assert ranks(elements_of_narrow, 4) == [3, 3, 0, 0]
