@@ -12,8 +12,8 @@ import torch.distributed as tdist
 from torch import Tensor
 
 # Their names since torch 2.13.
-_all_gather = getattr(tdist, "all_gather_single", None) or tdist.all_gather_into_tensor
-_reduce_scatter = getattr(tdist, "reduce_scatter_single", None) or tdist.reduce_scatter_tensor
+all_gather_flat = getattr(tdist, "all_gather_single", None) or tdist.all_gather_into_tensor
+reduce_scatter_flat = getattr(tdist, "reduce_scatter_single", None) or tdist.reduce_scatter_tensor
 
 
 def all_reduce(x: Tensor, group: Any, operation: str = "sum") -> Tensor:
@@ -28,7 +28,7 @@ def gather_tokens(x_Bt: Tensor, group: Any) -> Tensor:
     """Puts the ranks' tokens one after the other, (B, t, ...) to (B, T, ...)."""
     part_tB = x_Bt.transpose(0, 1).contiguous()
     whole_TB = part_tB.new_empty(part_tB.shape[0] * tdist.get_world_size(group), *part_tB.shape[1:])
-    _all_gather(whole_TB, part_tB, group=group)
+    all_gather_flat(whole_TB, part_tB, group=group)
     return whole_TB.transpose(0, 1)
 
 
@@ -38,7 +38,7 @@ def scatter_tokens(x_BT: Tensor, group: Any) -> Tensor:
     part_tB = whole_TB.new_empty(
         whole_TB.shape[0] // tdist.get_world_size(group), *whole_TB.shape[1:]
     )
-    _reduce_scatter(part_tB, whole_TB, group=group)
+    reduce_scatter_flat(part_tB, whole_TB, group=group)
     return part_tB.transpose(0, 1)
 
 

@@ -14,10 +14,7 @@ import torch.distributed as tdist
 from torch import Tensor
 
 from scalellm.dist import Group
-
-# Their names since torch 2.13. Gloo adds up bf16, fp16, fp32 and fp64, each in its own type.
-_all_gather = getattr(tdist, "all_gather_single", None) or tdist.all_gather_into_tensor
-_reduce_scatter = getattr(tdist, "reduce_scatter_single", None) or tdist.reduce_scatter_tensor
+from scalellm.strategies._collectives import all_gather_flat, reduce_scatter_flat
 
 
 class GatherRows(torch.autograd.Function):
@@ -29,7 +26,7 @@ class GatherRows(torch.autograd.Function):
         # Chunks go first, so that the ranks' parts, one behind the other, are chunks again.
         sent_22BGcD = kv_2BGtD.unflatten(3, (2, -1)).movedim(3, 0).contiguous()
         gathered_C2BGcD = sent_22BGcD.new_empty(2 * size, *sent_22BGcD.shape[1:])
-        _all_gather(gathered_C2BGcD, sent_22BGcD, group=group)
+        all_gather_flat(gathered_C2BGcD, sent_22BGcD, group=group)
         order_C = torch.tensor(_places(size), device=kv_2BGtD.device).argsort()
         return gathered_C2BGcD.movedim(0, 3).index_select(3, order_C).flatten(3, 4)
 
@@ -39,7 +36,7 @@ class GatherRows(torch.autograd.Function):
         grad_C2BGcD = grad_2BGTD.unflatten(3, (2 * ctx.size, -1)).movedim(3, 0)
         sent_C2BGcD = grad_C2BGcD.index_select(0, places_C)
         summed_22BGcD = sent_C2BGcD.new_empty(2, *sent_C2BGcD.shape[1:])
-        _reduce_scatter(summed_22BGcD, sent_C2BGcD.contiguous(), group=ctx.group)
+        reduce_scatter_flat(summed_22BGcD, sent_C2BGcD.contiguous(), group=ctx.group)
         return summed_22BGcD.movedim(0, 3).flatten(3, 4), None, None
 
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-import torch.distributed as tdist
 from torch import Tensor, nn
 
 from scalellm.dist import World
 from scalellm.errors import ConfigError
+from scalellm.strategies._collectives import all_gather_flat
 
-# Its name since torch 2.13.
-_all_gather = getattr(tdist, "all_gather_single", None) or tdist.all_gather_into_tensor
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
 
@@ -98,7 +96,7 @@ class RowShares:
             mine = self._shares[parameter].detach().flatten()
             part[: mine.numel()].copy_(mine)
         received = sent.new_empty(world_size * sent.numel())
-        _all_gather(received, sent)
+        all_gather_flat(received, sent)
         for other, whole in enumerate(received.view(world_size, -1)):
             if other == rank:
                 continue

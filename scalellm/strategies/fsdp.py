@@ -23,12 +23,12 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from scalellm.config import TrainConfig, setting
 from scalellm.dist import World, sum_over_ranks
 from scalellm.errors import ConfigError
 from scalellm.strategies._gloo import compute_beside
+from scalellm.strategies._shards import shard_of
 from scalellm.strategies._transforms import refuse_one_graph
 from scalellm.strategies.base import Options, Sharding, Strategy, is_meta
 
@@ -160,12 +160,7 @@ class FSDP(Strategy):
     # -- state ------------------------------------------------------------------------------
 
     def part_of(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        if not isinstance(tensor, DTensor):
-            return super().part_of(tensor)
-        _, offsets = compute_local_shape_and_global_offset(
-            tensor.shape, tensor.device_mesh, tensor.placements
-        )
-        return tensor.to_local(), offsets
+        return shard_of(tensor) if isinstance(tensor, DTensor) else super().part_of(tensor)
 
     def whole(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):

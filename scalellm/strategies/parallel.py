@@ -19,7 +19,6 @@ import torch
 import torch.distributed as tdist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from scalellm.batches import Batch
 from scalellm.config import BatchPlan, ModelConfig, TrainConfig
@@ -36,6 +35,7 @@ from scalellm.strategies._mesh import (
 )
 from scalellm.strategies._norm import norm_of
 from scalellm.strategies._pipeline import Pipeline, StepTime
+from scalellm.strategies._shards import shard_of
 from scalellm.strategies._state import StateSource, check_names
 from scalellm.strategies._sums import sum_gradients
 from scalellm.strategies._tensor import has_partial_gradient
@@ -245,12 +245,7 @@ class Parallel(Strategy):
         return {name: tensor.cpu() for name, tensor in whole.items()}
 
     def part_of(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        if not isinstance(tensor, DTensor):
-            return super().part_of(tensor)
-        _, offsets = compute_local_shape_and_global_offset(
-            tensor.shape, tensor.device_mesh, tensor.placements
-        )
-        return tensor.to_local(), offsets
+        return shard_of(tensor) if isinstance(tensor, DTensor) else super().part_of(tensor)
 
     def begin_of(self, parameter: nn.Parameter) -> tuple[int, ...]:
         begin, cut = super().begin_of(parameter), self._made.cuts.get(self._names[parameter])
