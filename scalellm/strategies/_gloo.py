@@ -4,6 +4,8 @@ Torch's FSDP puts its collectives on a GPU's streams, of which a CPU has none: e
 stands still for every collective of every unit, until the slowest rank has come. Here each rank
 sends its parts to the others from where they lie, straight into where they belong, and computes on:
 a unit is gathered while the one before it runs, and reduced while the next gradients are made.
+(Only what FSDP takes up at once is waited for: gradients that are added to others, cast, or summed
+over replicas.)
 
 Gloo itself would copy what it gathers, and what it reduces to parts, in threads that free the
 copies while the rank places its next tensors, so that its heap grows from step to step
@@ -45,9 +47,9 @@ def compute_beside(
     reductions = Reductions(are_sums=is_known and uses_gloo(group) and group.size() > 1)
     if not reductions.are_sums:
         return reductions
-    # What FSDP casts, or sums over replicas, it takes up at once.
-    waiting_dtype = next(units[0].parameters()).dtype if mesh.ndim == 1 else None
     for unit in any_units:
+        # What FSDP casts, or sums over replicas, it takes up at once.
+        waiting_dtype = next(unit.parameters()).dtype if mesh.ndim == 1 else None
         unit.set_custom_all_gather(_Gather())
         unit.set_custom_reduce_scatter(_ReduceToParts(reductions, waiting_dtype))
         # Summed as they are: divided afterwards they would have to be complete.
@@ -65,14 +67,19 @@ class Reductions:
     def __init__(self, *, are_sums: bool) -> None:
         self.are_sums = are_sums
         self._may_wait = False
+        self._reduced: set[object] = set()
         self._under_way: list[Callable[[], None]] = []
 
     @contextmanager
     def beside_backward(self, optimizer: Optimizer) -> Iterator[None]:
         """Lets those of a backward go on beside it; at the end they are complete.
 
-        Not where there are gradients already, to which FSDP adds the new ones at once.
+        No hook may read a gradient before. Where there are gradients already, to which FSDP adds
+        the new ones at once, each is completed at once.
         """
+        # What a backward that failed began: dropped, its messages would block those that follow.
+        self._finish()
+        self._reduced.clear()
         # The optimizer's are the shards, also where the module's are gathered at the moment.
         shards = (shard for group in optimizer.param_groups for shard in group["params"])
         self._may_wait = all(shard.grad is None for shard in shards)
@@ -81,13 +88,17 @@ class Reductions:
             self._finish()
         finally:
             self._may_wait = False
-            self._under_way.clear()
 
-    def add(self, finish: Callable[[], None], *, may_wait: bool) -> None:
-        """One at a time: what it holds is as large as a unit."""
+    def add(self, unit: object, finish: Callable[[], None], *, may_wait: bool) -> None:
+        """Takes a unit's, which has begun, and completes the one before: it holds as much.
+
+        That of a unit which runs twice is added to its first one at once.
+        """
+        is_first = unit not in self._reduced
+        self._reduced.add(unit)
         self._finish()
         self._under_way.append(finish)
-        if not (may_wait and self._may_wait):
+        if not (may_wait and is_first and self._may_wait):
             self._finish()
 
     def _finish(self) -> None:
@@ -156,7 +167,7 @@ class _ReduceToParts(_Allocating):
             for summand in summands[2:]:
                 output.add_(summand)
 
-        self._reductions.add(finish, may_wait=output.dtype == self._waiting_dtype)
+        self._reductions.add(self, finish, may_wait=output.dtype == self._waiting_dtype)
         return None
 
 
@@ -169,7 +180,7 @@ def exchange(
 ) -> list[tdist.Work]:
     """Begins to send and receive, by rank of the group, parts of `whole`; returns what to wait for.
 
-    Nothing may touch them before.
+    Nothing may touch them until that is done.
     """
     del kind, whole  # a dry run notes them
     works = [tdist.irecv(part, group=group, group_src=rank) for rank, part in received.items()]

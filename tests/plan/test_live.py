@@ -34,7 +34,7 @@ def test_a_gather_takes_its_size_again_and_a_reduced_part_a_copy_of_the_whole(
     [
         # Each of three steps gathers the weights that it has updated.
         ({"name": "deepspeed", "stage": 1}, "cpu", 3),
-        ({"name": "fsdp"}, "cpu", 0),  # works in place
+        ({"name": "fsdp"}, "cpu", 0),  # without gloo's copies
         ({"name": "fsdp"}, "cuda", 0),
     ],
 )

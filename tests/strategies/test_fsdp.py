@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -152,26 +152,51 @@ def test_a_reduction_goes_on_beside_the_backward_where_nothing_takes_it_up_at_on
     done: list[str] = []
     reductions = Reductions(are_sums=True)
     with reductions.beside_backward(optimizer(gradient)):
-        reductions.add(lambda: done.append("first"), may_wait=may_wait)
+        reductions.add("unit", lambda: done.append("first"), may_wait=may_wait)
         assert done == ([] if waits else ["first"])
-        reductions.add(lambda: done.append("second"), may_wait=may_wait)
+        reductions.add("other", lambda: done.append("second"), may_wait=may_wait)
         assert done == (["first"] if waits else ["first", "second"])
-    assert done == ["first", "second"]
-    reductions.add(lambda: done.append("outside"), may_wait=may_wait)
-    assert done[-1] == "outside"
+        reductions.add("unit", lambda: done.append("again"), may_wait=may_wait)
+        assert done == ["first", "second", "again"]
+    reductions.add("unit", lambda: done.append("outside"), may_wait=may_wait)
+    assert done[3:] == ["outside"]
 
 
-def test_a_backward_that_fails_leaves_nothing_under_way() -> None:
+def test_what_a_backward_that_failed_began_is_completed_before_the_next() -> None:
     done: list[str] = []
     reductions = Reductions(are_sums=True)
-    with (
-        pytest.raises(ZeroDivisionError),
-        reductions.beside_backward(optimizer(None)),
-    ):
-        reductions.add(lambda: done.append("lost"), may_wait=True)
+    with pytest.raises(ZeroDivisionError), reductions.beside_backward(optimizer(None)):
+        reductions.add("unit", lambda: done.append("late"), may_wait=True)
         raise ZeroDivisionError
-    reductions.add(lambda: done.append("next"), may_wait=True)
-    assert done == ["next"]
+    assert done == []
+    with reductions.beside_backward(optimizer(None)):
+        assert done == ["late"]
+
+
+class Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise ZeroDivisionError("in the backward")
+
+
+def met_after_failing() -> str:
+    task = Task(MODEL.model_copy(update={"num_layers": 4}), 1, "fp32")
+    strategy = build(task, "fsdp", {}, detect())
+    block = strategy.model.get_submodule("layers.1")
+    block.register_forward_hook(lambda _module, _inputs, output: Failing.apply(output))
+    with pytest.raises(ZeroDivisionError):
+        next(train_steps(strategy, task, detect(), range(1)))
+    tdist.barrier()  # would hang behind messages that nobody takes
+    strategy.close()
+    return "met"
+
+
+def test_ranks_meet_after_a_backward_that_failed(ranks: Callable[..., list[Any]]) -> None:
+    assert ranks(met_after_failing, 2) == ["met", "met"]
 
 
 def what_goes_on_beside(options: dict[str, Any], micro_batch: int | None) -> list[bool]:
@@ -181,8 +206,8 @@ def what_goes_on_beside(options: dict[str, Any], micro_batch: int | None) -> lis
     seen: list[bool] = []
     add = Reductions.add
 
-    def noted(reductions: Reductions, finish: Callable[[], None], *, may_wait: bool) -> None:
-        add(reductions, finish, may_wait=may_wait)
+    def noted(reductions: Reductions, unit: object, finish: Any, *, may_wait: bool) -> None:
+        add(reductions, unit, finish, may_wait=may_wait)
         seen.append(bool(reductions._under_way))
 
     Reductions.add = noted  # type: ignore[method-assign]
@@ -233,10 +258,27 @@ class LeavesOut(Decoder):
             self.layers = layers
 
 
-def leaving_out(name: str) -> Curve:
+class Repeated(nn.ModuleList):
+    def children(self) -> Iterator[nn.Module]:
+        return iter(self)
+
+
+class Looped(Decoder):
+    """Runs its blocks twice."""
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Tensor:
+        layers = self.layers
+        self.layers = Repeated([*layers, *layers])
+        try:
+            return super().forward(*arguments, **keywords)
+        finally:
+            self.layers = layers
+
+
+def trained_as(model_class: type[Decoder], name: str) -> Curve:
     task = Task(MODEL.model_copy(update={"num_layers": 3}), 4, "fp32", learning_rate=2e-3)
     with torch.device("meta"):
-        model = LeavesOut(task.model)
+        model = model_class(task.model)
     LeavesOut.calls = 0
     strategy, curve = build(task, name, {}, detect(), model), Curve()
     for loss, norm, gradients in train_steps(strategy, task, detect(), range(4)):
@@ -247,11 +289,12 @@ def leaving_out(name: str) -> Curve:
     return curve
 
 
-def test_a_block_that_is_left_out_was_gathered_for_nothing(
-    ranks: Callable[..., list[Any]],
+@pytest.mark.parametrize("model_class", [LeavesOut, Looped])
+def test_blocks_that_run_never_or_twice(
+    ranks: Callable[..., list[Any]], model_class: type[Decoder]
 ) -> None:
-    [alone] = ranks(leaving_out, 1, "single")
-    for curve in ranks(leaving_out, 2, "fsdp"):
+    [alone] = ranks(trained_as, 1, model_class, "single")
+    for curve in ranks(trained_as, 2, model_class, "fsdp"):
         assert worst_difference(curve, alone) < 1e-5
 
 
