@@ -130,9 +130,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, text)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            # Before: who has read the last byte may look at once.
             with self.server.lock:
                 self.server.sent_bytes += len(data)
+            self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
