@@ -95,7 +95,7 @@ class _Chunks:
 
 @contextmanager
 def gloo_of(device_type: str, live: LiveBytes) -> Iterator[None]:
-    """Has FSDP communicate as it does between CPUs, and notes what it asks for."""
+    """Has a strategy communicate as it does between CPUs, and notes what it asks for."""
     if device_type != "cpu":
         yield
         return

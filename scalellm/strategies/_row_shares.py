@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
+import torch.distributed as tdist
 from torch import Tensor, nn
 
 from scalellm.dist import World
 from scalellm.errors import ConfigError
+from scalellm.strategies import _gloo
 from scalellm.strategies._collectives import all_gather_flat
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
@@ -91,13 +93,12 @@ class RowShares:
     def _gather(self, bucket: list[nn.Parameter]) -> None:
         rank, world_size = self._world.rank, self._world.world_size
         sizes = [self._padded_elements(parameter) for parameter in bucket]
-        sent = bucket[0].new_empty(sum(sizes))
-        for parameter, part in zip(bucket, sent.split(sizes), strict=True):
+        gathered = bucket[0].new_empty(world_size, sum(sizes))
+        for parameter, part in zip(bucket, gathered[rank].split(sizes), strict=True):
             mine = self._shares[parameter].detach().flatten()
             part[: mine.numel()].copy_(mine)
-        received = sent.new_empty(world_size * sent.numel())
-        all_gather_flat(received, sent)
-        for other, whole in enumerate(received.view(world_size, -1)):
+        _gather_in_place(gathered, rank)
+        for other, whole in enumerate(gathered):
             if other == rank:
                 continue
             for parameter, part in zip(bucket, whole.split(sizes), strict=True):
@@ -133,3 +134,14 @@ class RowShares:
 
     def _begin(self, rows: int, rank: int) -> int:
         return min(rows, rank * -(-rows // self._world.world_size))
+
+
+def _gather_in_place(gathered: Tensor, rank: int) -> None:
+    """Completes what holds a row of each rank's, of which this rank has written its own."""
+    group = tdist.group.WORLD
+    assert group is not None
+    if not _gloo.uses_gloo(group):
+        all_gather_flat(gathered.view(-1), gathered[rank])
+        return
+    for work in _gloo.gather(gathered.view(-1), gathered[rank], group):
+        work.wait()

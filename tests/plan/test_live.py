@@ -36,6 +36,7 @@ def test_a_gather_takes_its_size_again_and_a_reduced_part_a_copy_of_the_whole(
         ({"name": "deepspeed", "stage": 1}, "cpu", 3),
         ({"name": "fsdp"}, "cpu", 0),  # without gloo's copies
         ({"name": "fsdp"}, "cuda", 0),
+        ({"name": "ddp", "shard_optimizer": True}, "cpu", 0),  # as FSDP
     ],
 )
 def test_what_gloo_gathers_is_in_the_events_of_a_step(
