@@ -21,9 +21,11 @@ from typing import Any
 
 import torch
 import torch.distributed as tdist
+from torch import Tensor
 
 from scalellm.dist import World, together
 from scalellm.errors import ConfigError
+from scalellm.strategies import _gloo
 
 PATIENCE_S = 3.0  # loading a compiled kernel takes less
 
@@ -48,7 +50,29 @@ def import_deepspeed(world: World, *, join: bool = True) -> Any:
         deepspeed.init_distributed(
             auto_mpi_discovery=False, verbose=False, dist_init_required=False
         )
+        _gather_without_copies()
     return deepspeed
+
+
+def _gather_without_copies() -> None:
+    """Has DeepSpeed gather over gloo from where parts lie to where they belong, as our FSDP does.
+
+    Gloo's own gather takes a whole copy, in threads whose heaps keep it.
+    """
+    backend: Any = importlib.import_module("deepspeed.comm.comm").cdb
+    of_torch, in_place = backend.all_gather_function, _gloo.Gather()
+
+    def gather(
+        output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
+    ) -> tdist.Work | None:
+        group = tdist.group.WORLD if group is None else group
+        if not _gloo.uses_gloo(group):
+            return of_torch(output_tensor, input_tensor, group=group, async_op=async_op)
+        own = output_tensor.view(group.size(), -1)[group.rank()]
+        own.copy_(input_tensor.view(-1))
+        return in_place(output_tensor, own, group, async_op)
+
+    backend.all_gather_function = gather
 
 
 def leave_process_group() -> None:

@@ -50,7 +50,7 @@ def compute_beside(
     for unit in any_units:
         # What FSDP casts, or sums over replicas, it takes up at once.
         waiting_dtype = next(unit.parameters()).dtype if mesh.ndim == 1 else None
-        unit.set_custom_all_gather(_Gather())
+        unit.set_custom_all_gather(Gather())
         unit.set_custom_reduce_scatter(_ReduceToParts(reductions, waiting_dtype))
         # Summed as they are: divided afterwards they would have to be complete.
         unit.set_gradient_divide_factor(1.0)
@@ -115,8 +115,8 @@ class _Allocating:
         return torch.empty(*size, dtype=dtype, device=device)
 
 
-class _Gather(_Allocating):
-    """Every rank sends its part, which FSDP has put in its place, into the others' outputs."""
+class Gather(_Allocating):
+    """Every rank sends its part, which is in its place already, into the others' outputs."""
 
     def __call__(
         self,

@@ -21,7 +21,7 @@ from scalellm.dist import World, detect
 from scalellm.errors import ConfigError
 from scalellm.model import Decoder, count_parameters
 from scalellm.parity import Curve, Task, build, run_curve, train_steps, worst_difference
-from scalellm.strategies._gloo import Reductions, _Gather, _ReduceToParts
+from scalellm.strategies._gloo import Gather, Reductions, _ReduceToParts
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2, vocab_size=257, seq_len=16
@@ -112,7 +112,7 @@ def sent_by_parts(dtype: torch.dtype) -> list[Tensor]:
     assert group is not None
     part = torch.arange(3.0, dtype=dtype) + 10 * rank
     found = []
-    for gather in (_Gather(), DefaultAllGather()):
+    for gather in (Gather(), DefaultAllGather()):
         whole = torch.zeros(3 * world_size, dtype=dtype)
         whole[3 * rank : 3 * rank + 3] = part  # as FSDP does
         work = gather(whole, whole[3 * rank : 3 * rank + 3], group, async_op=True)
