@@ -60,7 +60,8 @@ def _gather_without_copies() -> None:
     Gloo's own gather takes a whole copy, in threads whose heaps keep it.
     """
     backend: Any = importlib.import_module("deepspeed.comm.comm").cdb
-    of_torch, in_place = backend.all_gather_function, _gloo.Gather()
+    # Asked anew: the backend of an engine before has our gather already.
+    of_torch, in_place = backend.get_all_gather_function(), _gloo.Gather()
 
     def gather(
         output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False

@@ -125,7 +125,10 @@ class Gather(_Allocating):
         group: tdist.ProcessGroup,
         async_op: bool = False,
     ) -> tdist.Work | None:
-        work = _Together(gather(output_tensor, input_tensor, group))
+        parts, others = output_tensor.view(group.size(), -1), _others(group)
+        sent = dict.fromkeys(others, input_tensor.view(-1))
+        received = {rank: parts[rank] for rank in others}
+        work = _Together(exchange("all_gather", output_tensor, sent, received, group))
         if async_op:
             return work
         work.wait()
@@ -166,13 +169,6 @@ class _ReduceToParts(_Allocating):
 
         self._reductions.add(self, finish, may_wait=output.dtype == self._waiting_dtype)
         return None
-
-
-def gather(whole: Tensor, own: Tensor, group: tdist.ProcessGroup) -> list[tdist.Work]:
-    """Begins to complete `whole`, in which this rank's part `own` is already; returns as below."""
-    parts, others = whole.view(group.size(), -1), _others(group)
-    sent = dict.fromkeys(others, own.view(-1))
-    return exchange("all_gather", whole, sent, {rank: parts[rank] for rank in others}, group)
 
 
 def exchange(

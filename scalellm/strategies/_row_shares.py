@@ -140,8 +140,7 @@ def _gather_in_place(gathered: Tensor, rank: int) -> None:
     """Completes what holds a row of each rank's, of which this rank has written its own."""
     group = tdist.group.WORLD
     assert group is not None
-    if not _gloo.uses_gloo(group):
+    if _gloo.uses_gloo(group):
+        _gloo.Gather()(gathered.view(-1), gathered[rank], group)
+    else:
         all_gather_flat(gathered.view(-1), gathered[rank])
-        return
-    for work in _gloo.gather(gathered.view(-1), gathered[rank], group):
-        work.wait()
