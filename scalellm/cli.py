@@ -28,7 +28,7 @@ from scalellm.errors import (
 )
 from scalellm.plan_command import plan
 from scalellm.prepare_command import prepare
-from scalellm.process import leave, set_environment
+from scalellm.process import begin_anew, leave, set_environment
 from scalellm.train_command import train
 
 COMMANDS = {
@@ -42,7 +42,10 @@ COMMANDS = {
 
 def run(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs one command and ends the process: what scripts call."""
-    leave(main(argv))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["train"]:
+        begin_anew()
+    leave(main(arguments))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,10 +14,6 @@ ENVIRONMENT = {
     # Read by OpenMP when torch loads. Its own default lets a waiting thread spin for milliseconds,
     # which costs up to six times the speed when anything else runs on the machine (docs/log.md).
     "GOMP_SPINCOUNT": "20000",
-    # Read at torch's first allocation. Tensors of 2 MiB and more then lie on huge pages, where
-    # Linux gives them to who asks ("madvise", the usual setting). A step asks for hundreds of
-    # megabytes anew, and the page faults of 4 KiB take up to a fifth of it (docs/log.md).
-    "THP_MEM_ALLOC_ENABLE": "1",
     # Read when torch loads. DDP warns on every rank that walking the graph found nothing.
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
@@ -27,6 +23,45 @@ def set_environment() -> None:
     """Sets `ENVIRONMENT`, but for what the user has set."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+# glibc's, read before Python starts: a thread keeps no small blocks that it freed for itself. They
+# would keep the memory around them in pieces; 5 to 15% of a rank on a CPU (docs/log.md).
+_NO_THREAD_CACHE = "glibc.malloc.tcache_count=0"
+
+
+def begin_anew() -> None:
+    """Starts this process again, once, with what the C library reads only at its start.
+
+    Nothing may have been read or opened. The new process has the same number, arguments and files.
+    It hands nothing of it on to processes of its own. Left as it is where it brings nothing:
+    beside a GPU, without glibc, under a debugger, or if the user has set it.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if tunables.endswith(_NO_THREAD_CACHE):
+        rest = tunables.removesuffix(_NO_THREAD_CACHE).removesuffix(":")
+        if rest:
+            os.environ["GLIBC_TUNABLES"] = rest
+        else:
+            del os.environ["GLIBC_TUNABLES"]
+        return
+    is_from_file = sys.argv[0] not in ("", "-")  # else what was typed is read, and gone
+    if not is_from_file or sys.gettrace() or "tcache" in tunables or _has_gpu() or not _is_glibc():
+        return
+    wanted = f"{tunables}:{_NO_THREAD_CACHE}" if tunables else _NO_THREAD_CACHE
+    command = [sys.executable, *sys.orig_argv[1:]]
+    os.execve(command[0], command, os.environ | {"GLIBC_TUNABLES": wanted})
+
+
+def _has_gpu() -> bool:
+    return any(name == "kfd" or name.startswith("nvidia") for name in os.listdir("/dev"))
+
+
+def _is_glibc() -> bool:
+    try:
+        return sys.platform == "linux" and bool(os.confstr("CS_GNU_LIBC_VERSION"))
+    except (ValueError, OSError):
+        return False
 
 
 # glibc's mallopt(3), and the words of its environment variables and of GLIBC_TUNABLES.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 MIB = 1 << 20
 _ROUND = 512
@@ -24,18 +25,25 @@ _OWN_SEGMENT = 10 * MIB  # from here on a segment holds one allocation, rounded 
 GLOO, UNTOUCHED = "gloo", "untouched"
 
 
+What = Literal["bytes", "storage", "view", "gone", "graph gone"]
+Recorded = Literal["", "until the graph is gone", "until it is gone"]
+
+
 @dataclass(frozen=True)
 class Event:
     """An allocation (`size_bytes` > 0) or the free of it; `stream` is whose memory it takes.
 
-    Of no size: one more tensor over the same memory.
-    `is_recorded`: autograd was on and keeps how it came about.
+    Of no size: the small objects beside a storage's bytes. They are made with a storage and with
+    each view of it, and stay until the storage is gone, although its bytes may come and go before.
+    `recorded`: autograd keeps how it came about, and for how long; what a backward computes again
+    ends with its storage.
     """
 
     number: int
     size_bytes: int
     stream: str = "compute"
-    is_recorded: bool = False
+    what: What = "bytes"
+    recorded: Recorded = ""
 
 
 def reserved_bytes(events: Iterable[Event], *, expandable: bool = False) -> int:

@@ -3,9 +3,12 @@
 Torch asks the C library for every tensor, and `process.keep_freed_memory` has it serve all of them
 from one heap that only ever grows: what is resident is how far the heap has reached, holes and all.
 A hole is not taken again by a tensor of its own size: the library looks for the size *and* the
-alignment, and gives back what was too much only then. The rules are those of glibc 2.36
+alignment, and gives back what was too much only then. What it gave back is taken by the small
+objects that torch and autograd make beside a tensor, and where these outlive it, as parts of the
+graph do until a backward has ended, the hole stays in pieces. The rules are those of glibc 2.36
 (malloc/malloc.c; 2.26 to 2.42 differ in nothing that is seen here), in their own numbers, to the
-byte, for the thread that allocates; the alignment is torch's (c10/core/impl/alloc_cpu.cpp).
+byte, for the thread that allocates and without a cache of its own (`process.begin_anew`); the
+alignment is torch's (c10/core/impl/alloc_cpu.cpp).
 """
 
 from __future__ import annotations
@@ -18,33 +21,27 @@ from scalellm.plan.allocator import GLOO, MIB, UNTOUCHED, Event
 
 _HEAD, _UNIT, _LEAST = 8, 16, 32  # of a chunk: what it has beside the caller's bytes, and sizes
 _SMALL = 1024  # chunks below lie in bins of one size each
-_CACHED, _CACHED_TIMES = 1040, 7  # the largest chunk that a thread keeps, and how many of a size
 _FAST = 128  # the largest that is not joined with its neighbours when it is freed
 _FAST_JOINED_FROM = 64 << 10
-_BEGINS = 8
 _GLOO_THREADS, _THREAD_HEAP = 2, 64 * MIB
 _PAGE, _PAD = 4096, 128 << 10  # what the heap is extended by, and how much more than was asked
-_ALIGNED, _HUGE = 64, 2 * MIB  # alignment of a tensor; from _HUGE on it is a page
-# What torch makes beside a tensor's numbers and frees with them, and what autograd adds (torch
-# 2.13, seen at malloc): they lie where a tensor's ends were cut off, and keep holes apart.
-_OBJECTS = (24, 96, 176)  # for Python, the storage, the tensor
-_VIEW, _VIEW_RECORD = (176,), (16, 312, 488)  # the same of a view
-_RECORD = (16, 184, 544)  # what autograd knows of it, and the node, of 464 to 736 bytes
+ALIGNMENT = 64  # of a tensor
+# What torch makes beside a tensor's bytes, and what autograd adds (torch 2.13, seen at malloc).
+_OBJECTS = {
+    "storage": (24, 96, 176),  # for Python, the storage, the tensor
+    "view": (176,),
+}
+_RECORDS = {
+    "storage": (16, 184, 544),  # what autograd knows of it, and the node, of 464 to 736 bytes
+    "view": (16, 312, 488),
+}
 
 
 def heap_bytes(events: Sequence[Event]) -> int:
-    """Returns how far the heap reaches after all of them, beginning with an empty one.
-
-    Where the heap ends in its page when the model is made decides what later fits where, and
-    nobody knows it: it is the mean over some such ends.
-    """
-    own = [event for event in events if event.stream != GLOO]
-    found = []
-    for begin in range(0, _PAGE, _PAGE // _BEGINS):
-        heap = Heap(begin)
-        heap.play(own)
-        found.append(heap.reached - begin)
-    return sum(found) // len(found) + _gloo_bytes(events)
+    """Returns how far the heap reaches after all of them, beginning with an empty one."""
+    heap = Heap()
+    heap.play(event for event in events if event.stream != GLOO)
+    return heap.reached + _gloo_bytes(events)
 
 
 def _gloo_bytes(events: Sequence[Event]) -> int:
@@ -67,42 +64,47 @@ def _gloo_bytes(events: Sequence[Event]) -> int:
 class Heap:
     """One heap and its only thread; `reached` is the highest address that was in use."""
 
-    def __init__(self, begin: int = 0) -> None:
-        self.reached = begin
-        self._top = self._end = begin  # from `_top` on nothing was handed out
-        self._used: dict[int, int] = {}  # sizes by address; also of what is cached or fast
+    def __init__(self) -> None:
+        self.reached = 0
+        self._top = self._end = 0  # from `_top` on nothing was handed out
+        self._used: dict[int, int] = {}  # sizes by address; also of what is fast
         self._free = _Bins()
-        self._cached: dict[int, list[int]] = {}
         self._fast: dict[int, list[int]] = {}
-        self._places: dict[int, list[int]] = {}
+        self._places: dict[int, int] = {}  # of a storage's bytes
+        self._objects: dict[int, list[int]] = {}  # beside them
+        self._graph: list[int] = []  # autograd's, until its graph ends
 
     # -- what a program asks ----------------------------------------------------------------
 
     def play(self, events: Iterable[Event]) -> None:
         """Does what tensors do; the streams of `events` are one here."""
         for event in events:
-            if event.size_bytes < 0:
-                for address in self._places.pop(event.number):
-                    self.free(address)
-                continue
-            if event.size_bytes == 0:
-                views = _VIEW + (_VIEW_RECORD if event.is_recorded else ())
-                # The memory may be gone for a while, as that of gathered parameters.
-                self._places.setdefault(event.number, []).extend(map(self.malloc, views))
-                continue
-            reached = self.reached
-            place = self.memalign(alignment_of(event.size_bytes), event.size_bytes)
-            objects = _OBJECTS + (_RECORD if event.is_recorded else ())
-            if event.stream == UNTOUCHED:  # asked for, but not resident
-                self.reached, objects = reached, ()
-            held = self._places.setdefault(event.number, [])
-            held += [place, *map(self.malloc, objects)]
+            if event.size_bytes > 0:
+                reached = self.reached
+                self._places[event.number] = self.memalign(ALIGNMENT, event.size_bytes)
+                if event.stream == UNTOUCHED:  # asked for, but not resident
+                    self.reached = reached
+            elif event.size_bytes < 0:
+                self.free(self._places.pop(event.number))
+            else:
+                self._play_objects(event)
+
+    def _play_objects(self, event: Event) -> None:
+        if event.what in ("gone", "graph gone"):
+            is_graph = event.what == "graph gone"
+            gone = self._graph if is_graph else self._objects.pop(event.number, [])
+            while gone:
+                self.free(gone.pop())
+            return
+        held = self._objects.setdefault(event.number, [])
+        held += map(self.malloc, _OBJECTS[event.what])
+        if event.recorded:
+            keeper = self._graph if event.recorded == "until the graph is gone" else held
+            keeper += map(self.malloc, _RECORDS[event.what])
 
     def malloc(self, size_bytes: int) -> int:
         """Returns the address of a chunk, whose user's bytes begin 16 later."""
-        size = _chunk(size_bytes)
-        cached = self._cached.get(size)
-        return cached.pop() if cached else self._take(size)
+        return self._take(_chunk(size_bytes))
 
     def memalign(self, alignment: int, size_bytes: int) -> int:
         """As `malloc`, with user's bytes at a multiple of `alignment`."""
@@ -125,8 +127,6 @@ class Heap:
     def free(self, address: int) -> None:
         """Gives a chunk back."""
         size = self._used[address]
-        if size <= _CACHED and self._cache(size, address):
-            return
         if size <= _FAST:
             self._fast.setdefault(size, []).append(address)
         elif self._join(address) >= _FAST_JOINED_FROM:
@@ -134,7 +134,7 @@ class Heap:
 
     @property
     def used_bytes(self) -> int:
-        """What is handed out now, with what each chunk has beside; cached ones too."""
+        """What is handed out now, with what each chunk has beside; fast ones too."""
         return sum(self._used.values())
 
     # -- where it finds a chunk -------------------------------------------------------------
@@ -154,24 +154,18 @@ class Heap:
         return address
 
     def _of_its_size(self, size: int) -> int | None:
-        """What was freed of exactly this small size; the thread caches more of them."""
+        """What was freed of exactly this small size."""
         fast = self._fast.get(size)
         if fast:
-            address = fast.pop()
-            while fast and self._cache(size, fast[-1]):
-                fast.pop()
-            return address
+            return fast.pop()
         found = self._free.oldest(size) if size < _SMALL else None
-        if found is None:
-            return None
-        self._use(found)
-        while (other := self._free.oldest(size)) is not None and self._cache(size, other):
-            self._use(other)
+        if found is not None:
+            self._use(found)
         return found
 
     def _sorted_until(self, size: int) -> int | None:
         """Puts what was freed lately into bins, up to one of exactly this size."""
-        free, is_cached = self._free, False
+        free = self._free
         while free.unsorted:
             address = next(iter(free.unsorted))
             found = free.sizes[address]
@@ -182,10 +176,8 @@ class Heap:
                 free.sort(address)
                 continue
             self._use(address)
-            if size > _CACHED or not self._cache(size, address):
-                return address
-            is_cached = True
-        return self._cached[size].pop() if is_cached else None
+            return address
+        return None
 
     def _cut(self, address: int, size: int, *, leaves_rest: bool) -> int:
         rest = self._free.remove(address) - size
@@ -212,13 +204,6 @@ class Heap:
 
     # -- where it puts one ------------------------------------------------------------------
 
-    def _cache(self, size: int, address: int) -> bool:
-        cached = self._cached.setdefault(size, [])
-        if len(cached) == _CACHED_TIMES:
-            return False
-        cached.append(address)
-        return True
-
     def _join(self, address: int) -> int:
         """Frees a chunk together with free neighbours; returns the size of all."""
         free, size = self._free, self._used.pop(address)
@@ -242,11 +227,6 @@ class Heap:
                 self._join(address)
                 any_of_them = True
         return any_of_them
-
-
-def alignment_of(tensor_bytes: int) -> int:
-    """What torch asks for: huge ones begin a page, on which Linux may put a huge page."""
-    return _PAGE if tensor_bytes >= _HUGE else _ALIGNED
 
 
 class _Bins:

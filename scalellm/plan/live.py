@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scalellm.plan.allocator import GLOO, UNTOUCHED, Event
+from scalellm.plan.allocator import GLOO, UNTOUCHED, Event, Recorded, What
 from scalellm.plan.types import CollectiveKind
 
 Kind = Literal["parameters", "optimizer", "gradients", "buffers", "activations", "temporary"]
@@ -61,9 +61,10 @@ class _Change:
 
 
 @dataclass(frozen=True)
-class _View:
+class _Objects:
     number: int
-    is_recorded: bool
+    what: What
+    recorded: Recorded = ""
 
 
 @dataclass(frozen=True)
@@ -88,19 +89,20 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, *, gloo: bool = False) -> None:
         super().__init__()
         self._gloo = gloo
-        self._log: list[_Change | _View | Traffic | str] = []
+        self._log: list[_Change | _Objects | Traffic | str] = []
         self._sizes: dict[int, int] = {}
         self._numbers: dict[int, int] = {}  # a storage's address, while it lives, to its number
         self._watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._kinds: dict[int, Kind] = {}
         self._last_number = 0
         self._streams: dict[int, str] = {}  # of what is not the computing's
-        self._recorded: set[int] = set()  # made where autograd was on
+        self._is_backward = False
 
     # -- what is seen -----------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = self._last_number
+        self._follow_graph()
         result = func(*args, **(kwargs or {}))
         self.add(result)
         if self._last_number == known:
@@ -110,6 +112,12 @@ class LiveBytes(TorchDispatchMode):
             self._add_collective(name.partition("::")[2], (args, kwargs, result))
         return result
 
+    def _follow_graph(self) -> None:
+        """Notes that a backward has ended, and with it what autograd kept for it."""
+        was_backward, self._is_backward = self._is_backward, _is_backward()
+        if was_backward and not self._is_backward:
+            self._log.append(_Objects(0, "graph gone"))
+
     def add(self, tensors: Any) -> None:
         """Begins to count the storages of tensors, in any nesting."""
         for tensor in _with_memory(tensors):
@@ -118,8 +126,13 @@ class LiveBytes(TorchDispatchMode):
     def _add_views(self, result: Any) -> None:
         """Notes tensors that are new and their numbers not: objects, but no memory to speak of."""
         for tensor in _with_memory(result):
-            number = self._number_of(tensor)
-            self._log.append(_View(number, torch.is_grad_enabled()))
+            self._add_objects(self._number_of(tensor), "view")
+
+    def _add_objects(self, number: int, what: What) -> None:
+        recorded: Recorded = ""
+        if torch.is_grad_enabled():
+            recorded = "until it is gone" if _is_backward() else "until the graph is gone"
+        self._log.append(_Objects(number, what, recorded))
 
     @contextmanager
     def watching_resizes(self) -> Iterator[None]:
@@ -147,12 +160,12 @@ class LiveBytes(TorchDispatchMode):
             self._last_number += 1
             number = self._numbers[address] = self._last_number
             self._sizes[number] = 0
-            if torch.is_grad_enabled():
-                self._recorded.add(number)
             self._change(number, storage.nbytes())
+            self._add_objects(number, "storage")
 
             def freed(_: Any) -> None:
                 self._change(number, -self._sizes[number])
+                self._log.append(_Objects(number, "gone"))
                 del self._numbers[address], self._watches[number]
 
             self._watches[number] = weakref.ref(storage, freed)
@@ -241,8 +254,9 @@ class LiveBytes(TorchDispatchMode):
         sizes: dict[int, int] = {}
         found = []
         for entry in self._log:
-            if isinstance(entry, _View):
-                found.append(Event(entry.number, 0, is_recorded=entry.is_recorded))
+            if isinstance(entry, _Objects):
+                stream = self._streams.get(entry.number, "compute")
+                found.append(Event(entry.number, 0, stream, entry.what, entry.recorded))
             if not isinstance(entry, _Change):
                 continue
             stream = self._streams.get(entry.number, "compute")
@@ -250,8 +264,7 @@ class LiveBytes(TorchDispatchMode):
             sizes[entry.number] = new_bytes = old_bytes + entry.change_bytes
             for size_bytes in (-old_bytes, new_bytes):
                 if size_bytes:
-                    is_recorded = entry.number in self._recorded
-                    found.append(Event(entry.number, size_bytes, stream, is_recorded))
+                    found.append(Event(entry.number, size_bytes, stream))
         return found
 
     def _sum(self, entries: Iterable[object]) -> Counter[Kind]:
@@ -275,6 +288,11 @@ class LiveBytes(TorchDispatchMode):
         traffic = [entry for entry in self._log[start:stop] if isinstance(entry, Traffic)]
         label = cast(str, self._log[start])
         return Segment(label, peak, dict(level), tuple(traffic))
+
+
+def _is_backward() -> bool:
+    """Whether this runs inside of a backward, where checkpointed blocks are computed again too."""
+    return int(torch._C._current_graph_task_id()) != -1
 
 
 def _with_memory(values: Any) -> list[Tensor]:

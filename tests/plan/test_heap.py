@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import platform
 import random
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from scalellm.plan.allocator import MIB, Event
-from scalellm.plan.heap import Heap, alignment_of, heap_bytes
+from scalellm.plan.heap import ALIGNMENT, Heap, heap_bytes
 
 is_glibc = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="the rules are those of glibc"
@@ -26,12 +28,11 @@ def test_chunks_lie_side_by_side() -> None:
     assert heap.reached == 112 + 1008
 
 
-def test_a_tensor_is_aligned_to_a_line_and_a_large_one_to_a_page() -> None:
+def test_a_tensor_is_aligned_to_a_line() -> None:
     heap = Heap()
-    for size_bytes, alignment in ((1000, 64), (2 * MIB - 1, 64), (2 * MIB, 4096)):
+    for size_bytes in (1000, 2 * MIB - 1, 2 * MIB):
         heap.play([Event(size_bytes, size_bytes)])
-        address = heap._places[size_bytes][0] + 16
-        assert address % alignment == 0
+        assert (heap._places[size_bytes] + 16) % 64 == 0
 
 
 def test_what_was_freed_last_is_joined_with_its_neighbours() -> None:
@@ -42,13 +43,15 @@ def test_what_was_freed_last_is_joined_with_its_neighbours() -> None:
     assert heap.malloc(7900) == first
 
 
-def test_a_small_one_is_cached_seven_times_and_never_joined() -> None:
+def test_the_smallest_are_joined_only_when_something_larger_is_asked_for() -> None:
     heap = Heap()
-    some = [heap.malloc(600) for _ in range(9)]
+    some = [heap.malloc(100) for _ in range(20)]
+    heap.malloc(2000)
     for address in some:
         heap.free(address)
-    assert heap.malloc(600) == some[6]
-    assert heap.malloc(1100) == some[7]  # the last two were joined
+    assert heap.malloc(100) == some[-1]
+    assert heap.malloc(1000) > some[-1]  # it looks for what is not the smallest's own
+    assert heap.malloc(1100) == some[0]
 
 
 def test_a_hole_of_a_tensor_does_not_hold_another_one_of_its_size() -> None:
@@ -60,14 +63,46 @@ def test_a_hole_of_a_tensor_does_not_hold_another_one_of_its_size() -> None:
     assert bare([*hole, Event(3, size - 2 * 4096)]).reached < 12 * MIB
 
 
+FAST = 32 + 112 + 32  # chunks of 24, 96 and 16 bytes: not joined when they are freed
+
+
 def test_what_a_tensor_is_known_by_lies_in_the_heap_too() -> None:
     """And autograd's part of it, and views."""
-    plain, recorded, viewed = Heap(), Heap(), Heap()
-    plain.play([Event(1, 5000)])
-    recorded.play([Event(1, 5000, is_recorded=True)])
-    viewed.play([Event(1, 5000), Event(1, 0)])
-    assert bare([Event(1, 5000)]).used_bytes < plain.used_bytes < viewed.used_bytes
-    assert viewed.used_bytes < recorded.used_bytes
+
+    def used(*events: Event) -> int:
+        heap = Heap()
+        heap.play(events)
+        return heap.used_bytes
+
+    made = Event(1, 5000)
+    storage, view = Event(1, 0, what="storage"), Event(1, 0, what="view")
+    recorded = replace(storage, recorded="until it is gone")
+    sizes = [used(made), used(made, storage), used(made, storage, view), used(made, recorded)]
+    assert sizes == sorted(set(sizes))
+    assert used(made, recorded, Event(1, -5000), Event(1, 0, what="gone")) == FAST
+
+
+def test_a_graph_outlives_what_it_was_for() -> None:
+    storage = Event(1, 0, what="storage", recorded="until the graph is gone")
+    events = [Event(1, 5000), storage, Event(1, -5000), Event(1, 0, what="gone")]
+    heap = Heap()
+    heap.play(events)
+    assert heap.used_bytes > FAST + 700
+    heap.play([Event(0, 0, what="graph gone")])
+    assert heap.used_bytes <= FAST
+
+
+def test_a_storage_without_its_bytes_keeps_the_holes_around_it_apart() -> None:
+    """As those of gathered parameters, whose bytes come and go."""
+    stored = [[Event(n, 8 * MIB), Event(n, 0, what="storage")] for n in range(4)]
+    resized = [Event(n, -8 * MIB) for n in range(4)]
+    gone = [event for n in range(4) for event in (resized[n], Event(n, 0, what="gone"))]
+
+    def reach(freed: list[Event]) -> int:
+        return heap_bytes([*itertools.chain(*stored), Event(9, MIB), *freed, Event(10, 24 * MIB)])
+
+    assert reach(gone) < 34 * MIB
+    assert reach(resized) > 56 * MIB
 
 
 def test_what_is_asked_for_and_not_written_to_is_not_resident() -> None:
@@ -116,23 +151,19 @@ libc = ctypes.CDLL(None)
 libc.sbrk.restype, libc.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_long]
 libc.memalign.restype, libc.memalign.argtypes = ctypes.c_void_p, [ctypes.c_size_t] * 2
 libc.free.argtypes = [ctypes.c_void_p]
-events = json.load(sys.stdin)
+alignment, events = json.load(sys.stdin)
 alive = {event[0]: 0 for event in events}
 for size in (1 << 20, 1 << 16, 1 << 13):  # fills the holes that there are
     end = libc.sbrk(0)
     while libc.sbrk(0) == end:
         libc.memalign(16, size)
-for size in range(24, 1040, 16):  # and the thread's cache
-    for one in [libc.memalign(16, size) for _ in range(7)]:
-        libc.free(one)
-first = libc.memalign(16, 1 << 20)
 begin = libc.sbrk(0)
-for number, size_bytes, alignment in events:
+for number, size_bytes in events:
     if size_bytes < 0:
         libc.free(alive[number])
     else:
         alive[number] = libc.memalign(alignment, size_bytes)
-print(json.dumps([first + (1 << 20), libc.sbrk(0) - begin]))
+print(libc.sbrk(0) - begin)
 """
 
 
@@ -172,37 +203,32 @@ def test_the_heap_of_a_real_process_reaches_as_far() -> None:
 
 def reached(events: list[Event], differing: int = 0) -> tuple[int, int]:
     """How far the heap reaches in the simulation and in a process, made to differ from others."""
-    told = json.dumps([(e.number, e.size_bytes, alignment_of(e.size_bytes)) for e in events])
+    told = json.dumps((ALIGNMENT, [(e.number, e.size_bytes) for e in events]))
     command = [sys.executable, "-c", SCRIPT + f"# {'x' * differing}"]
-    run = subprocess.run(command, input=told, capture_output=True, text=True, check=True)
-    top, measured = json.loads(run.stdout)
-    heap = filled(begin=(top - filled().reached) % 4096)
-    begin = heap.reached
-    return bare(events, heap).reached - begin, measured
+    run = subprocess.run(
+        command,
+        input=told,
+        env=os.environ | {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return bare(events).reached, int(run.stdout)
 
 
-def bare(events: list[Event], heap: Heap | None = None) -> Heap:
+def bare(events: list[Event]) -> Heap:
     """A heap after allocations of nothing but numbers."""
-    heap, places = heap or Heap(), {}
+    heap, places = Heap(), {}
     for event in events:
         if event.size_bytes < 0:
             heap.free(places.pop(event.number))
         else:
-            places[event.number] = heap.memalign(alignment_of(event.size_bytes), event.size_bytes)
+            places[event.number] = heap.memalign(ALIGNMENT, event.size_bytes)
     return heap
 
 
 def most_alive(events: list[Event]) -> int:
     return max(itertools.accumulate(event.size_bytes for event in events))
-
-
-def filled(begin: int = 0) -> Heap:
-    """A heap whose thread caches all it can, as that of a program that has run for a while."""
-    heap = Heap(begin)
-    for size_bytes in range(24, 1040, 16):
-        for address in [heap.malloc(size_bytes) for _ in range(7)]:
-            heap.free(address)
-    return heap
 
 
 def random_events(seed: int, times: int, least: int, largest: int) -> list[Event]:
