@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,7 +32,67 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     set_environment()
     assert os.environ["GOMP_SPINCOUNT"] == "7"
-    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+    assert os.environ["TORCH_CPP_LOG_LEVEL"] == "ERROR"
+
+
+_ANEW = """
+import os, sys
+from scalellm.process import begin_anew
+print("began", os.getpid(), sys.argv[1:], flush=True)
+begin_anew()
+with open("/proc/self/environ") as file:
+    print("tcache_count=0" in file.read(), os.environ.get("GLIBC_TUNABLES"))
+"""
+with_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's")
+
+
+@with_glibc
+@pytest.mark.parametrize(
+    ("set_before", "times", "is_without", "left"),
+    [
+        (None, 2, True, None),
+        ("glibc.malloc.perturb=1", 2, True, "glibc.malloc.perturb=1"),
+        ("glibc.malloc.tcache_count=3", 1, False, "glibc.malloc.tcache_count=3"),
+    ],
+)
+def test_a_process_begins_anew_once_without_a_cache_of_its_threads(
+    tmp_path: Path, set_before: str | None, times: int, is_without: bool, left: str | None
+) -> None:
+    script = tmp_path / "script.py"
+    plain = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    environment = plain if set_before is None else plain | {"GLIBC_TUNABLES": set_before}
+    script.write_text(f"import scalellm.process as p; p._has_gpu = lambda: False\n{_ANEW}")
+    command = [sys.executable, "-u", script, "a word"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    *began, last = done.stdout.splitlines()
+    assert len(began) == times
+    assert len(set(began)) == 1  # the same process, the same words
+    assert "['a word']" in began[0]
+    assert last == f"{is_without} {left}"
+
+
+@with_glibc
+@pytest.mark.parametrize("why_not", ["gpu", "typed", "traced", "other library"])
+def test_it_goes_on_as_it_is_where_that_brings_nothing(
+    monkeypatch: pytest.MonkeyPatch, why_not: str
+) -> None:
+    begun: list[list[str]] = []
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(process.os, "execve", lambda path, words, env: begun.append(words))
+    monkeypatch.setattr(process.os, "listdir", lambda path: ["null", "zero"])
+    monkeypatch.setattr(process.sys, "gettrace", lambda: None)
+    process.begin_anew()
+    assert begun == [[sys.executable, *sys.orig_argv[1:]]]
+    if why_not == "gpu":
+        monkeypatch.setattr(process.os, "listdir", lambda path: ["null", "nvidia0", "nvidiactl"])
+    elif why_not == "typed":
+        monkeypatch.setattr(process.sys, "argv", ["-"])
+    elif why_not == "traced":
+        monkeypatch.setattr(process.sys, "gettrace", lambda: print)
+    else:
+        monkeypatch.setattr(process.os, "confstr", lambda name: None)
+    process.begin_anew()
+    assert len(begun) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")

@@ -25,7 +25,7 @@ _OWN_SEGMENT = 10 * MIB  # from here on a segment holds one allocation, rounded 
 GLOO, UNTOUCHED = "gloo", "untouched"
 
 
-What = Literal["bytes", "storage", "view", "gone", "graph gone"]
+What = Literal["bytes", "storage", "tensor", "view", "gone", "graph gone"]
 Recorded = Literal["", "until the graph is gone", "until it is gone"]
 
 
@@ -33,10 +33,10 @@ Recorded = Literal["", "until the graph is gone", "until it is gone"]
 class Event:
     """An allocation (`size_bytes` > 0) or the free of it; `stream` is whose memory it takes.
 
-    Of no size: the small objects beside a storage's bytes. They are made with a storage and with
-    each view of it, and stay until the storage is gone, although its bytes may come and go before.
-    `recorded`: autograd keeps how it came about, and for how long; what a backward computes again
-    ends with its storage.
+    Of no size: the small objects beside a storage's bytes. They are made before the bytes (storage)
+    and after them (tensor), and for each view, and stay until the storage is gone, although its
+    bytes may come and go before. `recorded`: autograd keeps how it came about, and for how long;
+    what a backward computes again ends with its storage.
     """
 
     number: int

@@ -14,10 +14,11 @@ alignment is torch's (c10/core/impl/alloc_cpu.cpp).
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from scalellm.plan.allocator import GLOO, MIB, UNTOUCHED, Event
+from scalellm.plan.allocator import GLOO, MIB, UNTOUCHED, Event, What
 
 _HEAD, _UNIT, _LEAST = 8, 16, 32  # of a chunk: what it has beside the caller's bytes, and sizes
 _SMALL = 1024  # chunks below lie in bins of one size each
@@ -26,22 +27,26 @@ _FAST_JOINED_FROM = 64 << 10
 _GLOO_THREADS, _THREAD_HEAP = 2, 64 * MIB
 _PAGE, _PAD = 4096, 128 << 10  # what the heap is extended by, and how much more than was asked
 ALIGNMENT = 64  # of a tensor
-# What torch makes beside a tensor's bytes, and what autograd adds (torch 2.13, seen at malloc).
-_OBJECTS = {
-    "storage": (24, 96, 176),  # for Python, the storage, the tensor
-    "view": (176,),
-}
-_RECORDS = {
-    "storage": (16, 184, 544),  # what autograd knows of it, and the node, of 464 to 736 bytes
-    "view": (16, 312, 488),
-}
+# What torch makes beside a tensor's bytes (2.13, seen at malloc).
+_OBJECTS: dict[What, tuple[int, ...]] = {"storage": (96,), "tensor": (176, 24), "view": (176,)}
+# What autograd adds to it; and its node, with an edge of 16 bytes to each tensor it was made of.
+_RECORDS: dict[What, tuple[int, ...]] = {"tensor": (184,), "view": (312,)}
+_NODES: dict[What, tuple[int, ...]] = {"storage": (464, 512, 544, 560, 640, 736), "view": (488,)}
+_EDGES = (16, 32)
+_DRAWN = 8
 
 
 def heap_bytes(events: Sequence[Event]) -> int:
-    """Returns how far the heap reaches after all of them, beginning with an empty one."""
-    heap = Heap()
-    heap.play(event for event in events if event.stream != GLOO)
-    return heap.reached + _gloo_bytes(events)
+    """Returns how far the heap reaches after all of them, beginning with an empty one.
+
+    Which operation a tensor came from is not in the events, but decides what small object lies
+    where, and so what later fits where: it is drawn, and this is the mean of some draws.
+    """
+    own = [event for event in events if event.stream != GLOO]
+    heaps = [Heap(seed) for seed in range(_DRAWN)]
+    for heap in heaps:
+        heap.play(own)
+    return sum(heap.reached for heap in heaps) // _DRAWN + _gloo_bytes(events)
 
 
 def _gloo_bytes(events: Sequence[Event]) -> int:
@@ -64,8 +69,9 @@ def _gloo_bytes(events: Sequence[Event]) -> int:
 class Heap:
     """One heap and its only thread; `reached` is the highest address that was in use."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
         self.reached = 0
+        self._random = random.Random(seed)
         self._top = self._end = 0  # from `_top` on nothing was handed out
         self._used: dict[int, int] = {}  # sizes by address; also of what is fast
         self._free = _Bins()
@@ -97,10 +103,13 @@ class Heap:
                 self.free(gone.pop())
             return
         held = self._objects.setdefault(event.number, [])
-        held += map(self.malloc, _OBJECTS[event.what])
         if event.recorded:
-            keeper = self._graph if event.recorded == "until the graph is gone" else held
-            keeper += map(self.malloc, _RECORDS[event.what])
+            graph = self._graph if event.recorded == "until the graph is gone" else held
+            if event.what in _NODES:
+                for sizes in (_NODES[event.what], _EDGES):
+                    graph.append(self.malloc(self._random.choice(sizes)))
+            held += map(self.malloc, _RECORDS.get(event.what, ()))
+        held += map(self.malloc, _OBJECTS[event.what])
 
     def malloc(self, size_bytes: int) -> int:
         """Returns the address of a chunk, whose user's bytes begin 16 later."""

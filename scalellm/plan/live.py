@@ -160,8 +160,9 @@ class LiveBytes(TorchDispatchMode):
             self._last_number += 1
             number = self._numbers[address] = self._last_number
             self._sizes[number] = 0
-            self._change(number, storage.nbytes())
             self._add_objects(number, "storage")
+            self._change(number, storage.nbytes())
+            self._add_objects(number, "tensor")
 
             def freed(_: Any) -> None:
                 self._change(number, -self._sizes[number])
