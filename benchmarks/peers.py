@@ -39,7 +39,7 @@ from scalellm.data.pool import sigterm_as_interrupt
 from scalellm.dist import World
 from scalellm.errors import UserError, did_you_mean
 from scalellm.model import cpu_multiplies_bf16
-from scalellm.process import ENVIRONMENT
+from scalellm.process import ENVIRONMENT, NO_THREAD_CACHE
 from scalellm.train.folder import describe_environment
 
 WORKERS = Path(__file__).resolve().parent / "peer_workers"
@@ -69,16 +69,17 @@ class Peer:
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
+_OURS = ENVIRONMENT | {"GLIBC_TUNABLES": NO_THREAD_CACHE}
 _ONE_GRAPH: dict[str, Any] = {
     "ships": "",
     "variants": ("best",),
     "options": {"compile_scope": "model"},
-    "settings": ENVIRONMENT,
+    "settings": _OURS,
 }
 PEERS = {
     "plain": Peer("plain", "plain_loop"),
     "plain-fused": Peer("plain", "plain_loop", "", ("best",), {"fused": True}),
-    # What is left if another loop learns of huge pages, which our command asks for by itself.
+    # What is left if another loop learns of huge pages, which gain ours nothing.
     "plain-huge": Peer(
         "plain",
         "plain_loop",
@@ -91,8 +92,8 @@ PEERS = {
     "accelerate": Peer("hf", "accelerate_loop"),
     "litgpt": Peer("litgpt", "litgpt_fabric", "bf16-compile"),
     "litgpt-true": Peer("litgpt", "litgpt_fabric", "", ("bf16-compile",), {"true": True}),
-    "scalellm-bare": Peer(None, "scalellm_bare", "", settings=ENVIRONMENT),
-    "scalellm": Peer(None, "scalellm_trainer", settings=ENVIRONMENT),
+    "scalellm-bare": Peer(None, "scalellm_bare", "", settings=_OURS),
+    "scalellm": Peer(None, "scalellm_trainer", settings=_OURS),
     "scalellm-bare-model": Peer(None, "scalellm_bare", **_ONE_GRAPH),
     "scalellm-model": Peer(None, "scalellm_trainer", **_ONE_GRAPH),
 }

@@ -27,7 +27,7 @@ def set_environment() -> None:
 
 # glibc's, read before Python starts: a thread keeps no small blocks that it freed for itself. They
 # would keep the memory around them in pieces; 5 to 15% of a rank on a CPU (docs/log.md).
-_NO_THREAD_CACHE = "glibc.malloc.tcache_count=0"
+NO_THREAD_CACHE = "glibc.malloc.tcache_count=0"
 
 
 def begin_anew() -> None:
@@ -38,8 +38,8 @@ def begin_anew() -> None:
     beside a GPU, without glibc, under a debugger, or if the user has set it.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if tunables.endswith(_NO_THREAD_CACHE):
-        rest = tunables.removesuffix(_NO_THREAD_CACHE).removesuffix(":")
+    if tunables.endswith(NO_THREAD_CACHE):
+        rest = tunables.removesuffix(NO_THREAD_CACHE).removesuffix(":")
         if rest:
             os.environ["GLIBC_TUNABLES"] = rest
         else:
@@ -48,7 +48,7 @@ def begin_anew() -> None:
     is_from_file = sys.argv[0] not in ("", "-")  # else what was typed is read, and gone
     if not is_from_file or sys.gettrace() or "tcache" in tunables or _has_gpu() or not _is_glibc():
         return
-    wanted = f"{tunables}:{_NO_THREAD_CACHE}" if tunables else _NO_THREAD_CACHE
+    wanted = f"{tunables}:{NO_THREAD_CACHE}" if tunables else NO_THREAD_CACHE
     command = [sys.executable, *sys.orig_argv[1:]]
     os.execve(command[0], command, os.environ | {"GLIBC_TUNABLES": wanted})
 

@@ -26,7 +26,7 @@ GLOO, UNTOUCHED = "gloo", "untouched"
 
 
 What = Literal["bytes", "storage", "tensor", "view", "gone", "graph gone"]
-Recorded = Literal["", "until the graph is gone", "until it is gone"]
+Recorded = Literal["", "forward", "again"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Event:
 
     Of no size: the small objects beside a storage's bytes. They are made before the bytes (storage)
     and after them (tensor), and for each view, and stay until the storage is gone, although its
-    bytes may come and go before. `recorded`: autograd keeps how it came about, and for how long;
-    what a backward computes again ends with its storage.
+    bytes may come and go before. `recorded`: autograd keeps how it came about, in the graph of a
+    forward or of a checkpointed block that is computed again; "graph gone" says which has ended.
     """
 
     number: int

@@ -18,7 +18,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from scalellm.plan.allocator import GLOO, MIB, UNTOUCHED, Event, What
+from scalellm.plan.allocator import GLOO, MIB, UNTOUCHED, Event, Recorded, What
 
 _HEAD, _UNIT, _LEAST = 8, 16, 32  # of a chunk: what it has beside the caller's bytes, and sizes
 _SMALL = 1024  # chunks below lie in bins of one size each
@@ -31,8 +31,11 @@ ALIGNMENT = 64  # of a tensor
 _OBJECTS: dict[What, tuple[int, ...]] = {"storage": (96,), "tensor": (176, 24), "view": (176,)}
 # What autograd adds to it; and its node, with an edge of 16 bytes to each tensor it was made of.
 _RECORDS: dict[What, tuple[int, ...]] = {"tensor": (184,), "view": (312,)}
-_NODES: dict[What, tuple[int, ...]] = {"storage": (464, 512, 544, 560, 640, 736), "view": (488,)}
 _EDGES = (16, 32)
+_NODES: dict[What, tuple[tuple[int, ...], ...]] = {
+    "storage": ((464, 512, 544, 560, 640, 736), _EDGES),
+    "view": ((488,), _EDGES),
+}
 _DRAWN = 8
 
 
@@ -78,7 +81,7 @@ class Heap:
         self._fast: dict[int, list[int]] = {}
         self._places: dict[int, int] = {}  # of a storage's bytes
         self._objects: dict[int, list[int]] = {}  # beside them
-        self._graph: list[int] = []  # autograd's, until its graph ends
+        self._graphs: dict[Recorded, list[int]] = {"forward": [], "again": []}
 
     # -- what a program asks ----------------------------------------------------------------
 
@@ -98,16 +101,15 @@ class Heap:
     def _play_objects(self, event: Event) -> None:
         if event.what in ("gone", "graph gone"):
             is_graph = event.what == "graph gone"
-            gone = self._graph if is_graph else self._objects.pop(event.number, [])
+            gone = self._graphs[event.recorded] if is_graph else self._objects.pop(event.number, [])
             while gone:
                 self.free(gone.pop())
             return
         held = self._objects.setdefault(event.number, [])
         if event.recorded:
-            graph = self._graph if event.recorded == "until the graph is gone" else held
-            if event.what in _NODES:
-                for sizes in (_NODES[event.what], _EDGES):
-                    graph.append(self.malloc(self._random.choice(sizes)))
+            for sizes in _NODES.get(event.what, ()):
+                node = self.malloc(self._random.choice(sizes))
+                self._graphs[event.recorded].append(node)
             held += map(self.malloc, _RECORDS.get(event.what, ()))
         held += map(self.malloc, _OBJECTS[event.what])
 

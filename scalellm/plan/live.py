@@ -96,13 +96,15 @@ class LiveBytes(TorchDispatchMode):
         self._kinds: dict[int, Kind] = {}
         self._last_number = 0
         self._streams: dict[int, str] = {}  # of what is not the computing's
-        self._is_backward = False
+        self._recording: Recorded = ""  # where the last operation was
+        self._graphs: set[Recorded] = set()  # that there are
+        self._was_backward = False
 
     # -- what is seen -----------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = self._last_number
-        self._follow_graph()
+        self._follow_graphs()
         result = func(*args, **(kwargs or {}))
         self.add(result)
         if self._last_number == known:
@@ -112,11 +114,21 @@ class LiveBytes(TorchDispatchMode):
             self._add_collective(name.partition("::")[2], (args, kwargs, result))
         return result
 
-    def _follow_graph(self) -> None:
-        """Notes that a backward has ended, and with it what autograd kept for it."""
-        was_backward, self._is_backward = self._is_backward, _is_backward()
-        if was_backward and not self._is_backward:
-            self._log.append(_Objects(0, "graph gone"))
+    def _follow_graphs(self) -> None:
+        """Notes that a backward has ended, or a block was computed again: so has its graph."""
+        is_backward = int(torch._C._current_graph_task_id()) != -1
+        self._recording = ""
+        if torch.is_grad_enabled():
+            self._recording = "again" if is_backward else "forward"
+        ended: dict[Recorded, bool] = {
+            "again": self._recording != "again",
+            "forward": self._was_backward and not is_backward,
+        }
+        for graph, has_ended in ended.items():
+            if has_ended and graph in self._graphs:
+                self._graphs.remove(graph)
+                self._log.append(_Objects(0, "graph gone", graph))
+        self._was_backward = is_backward
 
     def add(self, tensors: Any) -> None:
         """Begins to count the storages of tensors, in any nesting."""
@@ -129,10 +141,9 @@ class LiveBytes(TorchDispatchMode):
             self._add_objects(self._number_of(tensor), "view")
 
     def _add_objects(self, number: int, what: What) -> None:
-        recorded: Recorded = ""
-        if torch.is_grad_enabled():
-            recorded = "until it is gone" if _is_backward() else "until the graph is gone"
-        self._log.append(_Objects(number, what, recorded))
+        if self._recording:
+            self._graphs.add(self._recording)
+        self._log.append(_Objects(number, what, self._recording))
 
     @contextmanager
     def watching_resizes(self) -> Iterator[None]:
@@ -289,11 +300,6 @@ class LiveBytes(TorchDispatchMode):
         traffic = [entry for entry in self._log[start:stop] if isinstance(entry, Traffic)]
         label = cast(str, self._log[start])
         return Segment(label, peak, dict(level), tuple(traffic))
-
-
-def _is_backward() -> bool:
-    """Whether this runs inside of a backward, where checkpointed blocks are computed again too."""
-    return int(torch._C._current_graph_task_id()) != -1
 
 
 def _with_memory(values: Any) -> list[Tensor]:
