@@ -104,7 +104,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = self._last_number
-        self._follow_graphs()
+        self._follow_graphs(func)
         result = func(*args, **(kwargs or {}))
         self.add(result)
         if self._last_number == known:
@@ -114,14 +114,15 @@ class LiveBytes(TorchDispatchMode):
             self._add_collective(name.partition("::")[2], (args, kwargs, result))
         return result
 
-    def _follow_graphs(self) -> None:
+    def _follow_graphs(self, func: Any) -> None:
         """Notes that a backward has ended, or a block was computed again: so has its graph."""
+        is_kept = func is torch.ops.aten.detach.default  # for the backward, while it goes on
         is_backward = int(torch._C._current_graph_task_id()) != -1
         self._recording = ""
         if torch.is_grad_enabled():
             self._recording = "again" if is_backward else "forward"
         ended: dict[Recorded, bool] = {
-            "again": self._recording != "again",
+            "again": self._recording != "again" and not is_kept,
             "forward": self._was_backward and not is_backward,
         }
         for graph, has_ended in ended.items():
