@@ -72,7 +72,8 @@ def _rows(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     with closing(Journal(args.out)) as journal:
         asked = {"cells": [cell.id for cell in cells], "steps": args.steps}
         journal.begin({"config": asked}, resume=args.resume)
-        found = {entry["id"]: entry for entry in journal.entries}
+        # What failed is tried again.
+        found = {entry["id"]: entry for entry in journal.entries if "measured_bytes" in entry}
         for cell in cells:
             if cell.id not in found:
                 found[cell.id] = {"id": cell.id, **_measured(cell, folder / "run", data, args)}
@@ -153,7 +154,12 @@ def measure(config: Config, cell: Cell, run: Path, timeout_s: float) -> int:
     Raises:
         UserError: the run failed; with its last word.
     """
-    place = Path(tempfile.mkdtemp(prefix=run.name, dir=run.parent))
+    # With the checkpoint that a run leaves: all of them together fill a disk.
+    with tempfile.TemporaryDirectory(prefix=run.name, dir=run.parent) as place:
+        return _measure_in(Path(place), config, cell, timeout_s)
+
+
+def _measure_in(place: Path, config: Config, cell: Cell, timeout_s: float) -> int:
     path, log = place / "config.yaml", place / "log"
     path.write_text(dump_config(config), encoding="utf-8")
     command = [sys.executable, "-m", "scalellm", "train", str(path), "--nproc"]

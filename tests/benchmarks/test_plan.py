@@ -99,6 +99,31 @@ def test_an_interrupted_table_goes_on(
     assert first.startswith("single") and ran[0].startswith("ddp")
 
 
+def test_what_failed_is_tried_again(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--variants", "single,ddp", "--worlds", "1", "--shapes", "tiny", "--data", "data"]
+    words += ["--out", str(tmp_path / "out")]
+    answers = iter(
+        [{"status": "failed", "error": "full"}, *[{"measured_bytes": n} for n in (1, 2)]]
+    )
+    monkeypatch.setattr(bench, "_measured", lambda *_: next(answers))
+    monkeypatch.setattr(bench, "_row", lambda cell, found, args: found)
+    assert "error" in bench._rows(bench._parse(words), tmp_path)[0]
+    rows = bench._rows(bench._parse([*words, "--resume"]), tmp_path)
+    assert [row["measured_bytes"] for row in rows] == [2, 1]
+
+
+def test_a_run_leaves_nothing_behind(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint of each of 176 cells fills a disk."""
+    [cell] = bench.cells_of(bench._parse(["--variants", "single", "--worlds", "1"]))
+    with pytest.raises(bench.UserError, match="not done after 0.1 s"):
+        bench.measure(cell.config(3, tmp_path), cell, tmp_path / "run", 0.1)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_a_cell_is_run_and_compared(tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
