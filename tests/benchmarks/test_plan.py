@@ -119,7 +119,7 @@ def test_a_run_leaves_nothing_behind(
 ) -> None:
     """A checkpoint of each of 176 cells fills a disk."""
     [cell] = bench.cells_of(bench._parse(["--variants", "single", "--worlds", "1"]))
-    with pytest.raises(bench.UserError, match="not done after 0.1 s"):
+    with pytest.raises(bench.UserError, match="not done after"):
         bench.measure(cell.config(3, tmp_path), cell, tmp_path / "run", 0.1)
     assert list(tmp_path.iterdir()) == []
 
