@@ -28,33 +28,58 @@ def set_environment() -> None:
 # glibc's, read before Python starts: a thread keeps no small blocks that it freed for itself. They
 # would keep the memory around them in pieces; 5 to 15% of a rank on a CPU (docs/log.md).
 NO_THREAD_CACHE = "glibc.malloc.tcache_count=0"
+# The number of the process that did. It stays, so that none does twice; a child has another one.
+_BEGUN_ANEW = "SCALELLM_BEGUN_ANEW"
 
 
 def begin_anew() -> None:
     """Starts this process again, once, with what the C library reads only at its start.
 
-    Nothing may have been read or opened. The new process has the same number, arguments and files.
-    It hands nothing of it on to processes of its own. Left as it is where it brings nothing:
-    beside a GPU, without glibc, under a debugger, or if the user has set it.
+    Call it first of all: what was read or opened is gone. The new process has the same number,
+    arguments and files, and hands the setting on to none of its own. Goes on as it is where that
+    would bring nothing or be something else: beside a GPU, without glibc, under a debugger, in a
+    program that was not started by its own words, or if the user has set it.
     """
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if tunables.endswith(NO_THREAD_CACHE):
-        rest = tunables.removesuffix(NO_THREAD_CACHE).removesuffix(":")
-        if rest:
-            os.environ["GLIBC_TUNABLES"] = rest
-        else:
-            del os.environ["GLIBC_TUNABLES"]
+    tunables, me = os.environ.get("GLIBC_TUNABLES", ""), str(os.getpid())
+    if os.environ.get(_BEGUN_ANEW) == me:
+        os.environ["GLIBC_TUNABLES"] = tunables.removesuffix(NO_THREAD_CACHE).removesuffix(":")
         return
-    is_from_file = sys.argv[0] not in ("", "-")  # else what was typed is read, and gone
-    if not is_from_file or sys.gettrace() or "tcache" in tunables or _has_gpu() or not _is_glibc():
+    if "tcache" in tunables or not (_is_glibc() and _is_as_started()) or _has_gpu():
         return
     wanted = f"{tunables}:{NO_THREAD_CACHE}" if tunables else NO_THREAD_CACHE
-    command = [sys.executable, *sys.orig_argv[1:]]
-    os.execve(command[0], command, os.environ | {"GLIBC_TUNABLES": wanted})
+    environment = os.environ | {"GLIBC_TUNABLES": wanted, _BEGUN_ANEW: me}
+    with contextlib.suppress(OSError, ValueError):  # it can do without
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def _is_as_started() -> bool:
+    """Whether the words that Python was started with would start what runs now, and only that."""
+    process = sys.modules.get("multiprocessing.process")
+    if sys.gettrace() or sys.getprofile() or (process and process.parent_process()):
+        return False
+    main = sys.modules["__main__"]
+    began = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]
+    if not began or [*began, *sys.argv[1:]] != sys.orig_argv[1:]:
+        return False
+    *options, program = began
+    if any(not option.startswith("-") for option in options):  # another program started ours
+        return False
+    if options[-1:] == ["-m"]:
+        name = getattr(getattr(main, "__spec__", None), "name", None)
+        return name in (program, f"{program}.__main__")
+    file = getattr(main, "__file__", None) or ""
+    try:  # a pipe has been read
+        return os.path.isfile(file) and os.path.samefile(file, program)
+    except OSError:
+        return False
 
 
 def _has_gpu() -> bool:
-    return any(name == "kfd" or name.startswith("nvidia") for name in os.listdir("/dev"))
+    try:
+        devices = os.listdir("/dev")
+    except OSError:
+        return False
+    return any(name == "kfd" or name.startswith("nvidia") for name in devices)
 
 
 def _is_glibc() -> bool:

@@ -37,12 +37,18 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 _ANEW = """
 import os, sys
-from scalellm.process import begin_anew
+import scalellm.process as process
+process._has_gpu = lambda: False
 print("began", os.getpid(), sys.argv[1:], flush=True)
-begin_anew()
+{before}
+process.begin_anew()
+process.begin_anew()
 with open("/proc/self/environ") as file:
-    print("tcache_count=0" in file.read(), os.environ.get("GLIBC_TUNABLES"))
+    print("tcache_count=0" in file.read(), repr(os.environ.get("GLIBC_TUNABLES", "")))
 """
+_PLAIN = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "SCALELLM_BEGUN_ANEW")}
+_LOOP_S = 60
+
 with_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's")
 
 
@@ -50,49 +56,101 @@ with_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc
 @pytest.mark.parametrize(
     ("set_before", "times", "is_without", "left"),
     [
-        (None, 2, True, None),
+        (None, 2, True, ""),
         ("glibc.malloc.perturb=1", 2, True, "glibc.malloc.perturb=1"),
         ("glibc.malloc.tcache_count=3", 1, False, "glibc.malloc.tcache_count=3"),
+        ("glibc.malloc.tcache_count=0", 1, True, "glibc.malloc.tcache_count=0"),
     ],
 )
 def test_a_process_begins_anew_once_without_a_cache_of_its_threads(
-    tmp_path: Path, set_before: str | None, times: int, is_without: bool, left: str | None
+    tmp_path: Path, set_before: str | None, times: int, is_without: bool, left: str
 ) -> None:
-    script = tmp_path / "script.py"
-    plain = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
-    environment = plain if set_before is None else plain | {"GLIBC_TUNABLES": set_before}
-    script.write_text(f"import scalellm.process as p; p._has_gpu = lambda: False\n{_ANEW}")
-    command = [sys.executable, "-u", script, "a word"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    *began, last = done.stdout.splitlines()
+    (tmp_path / "script.py").write_text(_ANEW.format(before=""))
+    environment = _PLAIN if set_before is None else _PLAIN | {"GLIBC_TUNABLES": set_before}
+    words = [sys.executable, "-u", "script.py", "a word"]
+    *began, last = lines_of(words, tmp_path, environment)
     assert len(began) == times
     assert len(set(began)) == 1  # the same process, the same words
     assert "['a word']" in began[0]
-    assert last == f"{is_without} {left}"
+    assert last == f"{is_without} {left!r}"
 
 
 @with_glibc
-@pytest.mark.parametrize("why_not", ["gpu", "typed", "traced", "other library"])
-def test_it_goes_on_as_it_is_where_that_brings_nothing(
-    monkeypatch: pytest.MonkeyPatch, why_not: str
+@pytest.mark.parametrize(
+    ("words", "before", "times"),
+    [
+        (["script.py"], "", 2),
+        (["-m", "script", "train"], "", 2),
+        (["-c", "TEXT"], "", 1),
+        (["-"], "", 1),
+        (["/dev/stdin"], "", 1),
+        (["-m", "cProfile", "script.py"], "", 1),
+        (["-m", "pdb", "-c", "continue", "-c", "quit", "script.py"], "sys.settrace(None)", 1),
+        (["outer.py", "script.py"], "", 1),
+        (["script.py"], "sys.argv = ['scalellm', 'train']", 1),
+        (["script.py"], "os.chdir('/')", 1),
+        (["script.py"], "sys.executable = ''", 1),
+        (["script.py"], "sys.settrace(lambda *_: None)", 1),
+        # As where the system takes the setting from a program that may do more than its user.
+        (["script.py"], "process.NO_THREAD_CACHE = 'glibc.malloc.perturb=0'", 2),
+    ],
+)
+def test_it_begins_only_what_its_own_words_would_start_again(
+    tmp_path: Path, words: list[str], before: str, times: int
 ) -> None:
+    text = _ANEW.format(before=before)
+    (tmp_path / "script.py").write_text(text)
+    (tmp_path / "outer.py").write_text(
+        "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+    )
+    words = [text if word == "TEXT" else word for word in words]
+    lines = lines_of([sys.executable, *words], tmp_path, _PLAIN, typed=text)
+    began = [line for line in lines if line.startswith("began")]
+    ended = [line for line in lines if line.startswith(("True", "False"))]
+    assert (len(began), len(ended)) == (times, 1)
+
+
+@with_glibc
+def test_a_forked_child_goes_on(tmp_path: Path) -> None:
+    forked = "import multiprocessing\n" + _ANEW.format(before="").replace(
+        "process.begin_anew()\nprocess.begin_anew()",
+        "child = multiprocessing.get_context('fork').Process(target=process.begin_anew)\n"
+        "child.start(); child.join(); print(child.exitcode)",
+    )
+    (tmp_path / "script.py").write_text(forked)
+    lines = lines_of([sys.executable, "script.py"], tmp_path, _PLAIN)
+    assert [line.split()[0] for line in lines] == ["began", "0", "False"]
+
+
+@with_glibc
+def test_beside_a_gpu_it_goes_on_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[list[str]] = []
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.setattr(process.os, "execve", lambda path, words, env: begun.append(words))
+    monkeypatch.setattr(process, "_is_as_started", lambda: True)
     monkeypatch.setattr(process.os, "listdir", lambda path: ["null", "zero"])
-    monkeypatch.setattr(process.sys, "gettrace", lambda: None)
     process.begin_anew()
     assert begun == [[sys.executable, *sys.orig_argv[1:]]]
-    if why_not == "gpu":
-        monkeypatch.setattr(process.os, "listdir", lambda path: ["null", "nvidia0", "nvidiactl"])
-    elif why_not == "typed":
-        monkeypatch.setattr(process.sys, "argv", ["-"])
-    elif why_not == "traced":
-        monkeypatch.setattr(process.sys, "gettrace", lambda: print)
-    else:
-        monkeypatch.setattr(process.os, "confstr", lambda name: None)
-    process.begin_anew()
+    for devices in (["null", "nvidia0", "nvidiactl"], ["kfd"]):
+        monkeypatch.setattr(process.os, "listdir", lambda path, names=devices: names)
+        process.begin_anew()
     assert len(begun) == 1
+
+
+def lines_of(
+    words: list[str], folder: Path, environment: dict[str, str], typed: str = ""
+) -> list[str]:
+    done = subprocess.run(
+        words,
+        cwd=folder,
+        env=environment | {"PYTHONPATH": str(Path(process.__file__).parent.parent)},
+        input=typed,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=_LOOP_S,
+    )
+    return done.stdout.splitlines()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")

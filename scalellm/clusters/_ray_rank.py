@@ -17,11 +17,13 @@ from types import FrameType
 
 from scalellm import launched
 from scalellm.errors import EXIT_STOPPED_BY_SIGNAL
+from scalellm.process import begin_anew
 
 GRACE_S = 120.0
 
 
 def main() -> None:
+    begin_anew()  # before the thread, which hears only once that it shall stop
     # Ray starts its processes with Ctrl-C blocked, and children inherit that.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     signal.signal(signal.SIGTERM, _on_signal)
