@@ -33,10 +33,11 @@ Recorded = Literal["", "forward", "again"]
 class Event:
     """An allocation (`size_bytes` > 0) or the free of it; `stream` is whose memory it takes.
 
-    Of no size: the small objects beside a storage's bytes, or their end. They are made before the bytes (storage)
-    and after them (tensor), and for each view, and stay until the storage is gone, although its
-    bytes may come and go before. `recorded`: autograd keeps how it came about, in the graph of a
-    forward or of a checkpointed block that is computed again; "graph gone" says which has ended.
+    Of no size: the small objects beside a storage's bytes, or their end. They are made before the
+    bytes (storage) and after them (tensor), and for each view, and stay until the storage is gone,
+    although its bytes may come and go before. `recorded`: autograd keeps how it came about, in the
+    graph of a forward or of a checkpointed block that is computed again; "graph gone" says which
+    has ended.
     """
 
     number: int
