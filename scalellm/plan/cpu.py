@@ -16,10 +16,10 @@ from scalellm.plan.heap import heap_bytes
 from scalellm.plan.types import Memory
 
 # Modules, kernels and what these keep (MKL's buffers alone are 24 to 41 MiB), loaded with the first
-# model and the first step: the medians of what 22 runs of 18 million parameters took above their
-# heap as simulated. FSDP's own have been loaded before.
-_PROCESS_BYTES = {"fsdp": 70 * MIB, "accelerate": 120 * MIB}
-_OTHER_PROCESS_BYTES, _ENGINE_BYTES = 104 * MIB, 152 * MIB
+# model and the first step: the medians of what 176 runs took above their heap as simulated
+# (docs/planning.md). FSDP's own have been loaded before.
+_PROCESS_BYTES = {"fsdp": 72 * MIB, "accelerate": 136 * MIB}
+_OTHER_PROCESS_BYTES, _ENGINE_BYTES = 116 * MIB, 164 * MIB
 
 # A heap of so many blocks is simulated whole; that of more has as large a share of holes.
 _WHOLE_LAYERS = 12
