@@ -26,7 +26,7 @@ def set_environment() -> None:
 
 
 # glibc's, read before Python starts: a thread keeps no small blocks that it freed for itself. They
-# would keep the memory around them in pieces; 5% of a rank on a CPU, up to 28% (docs/log.md).
+# would keep the memory around them in pieces: 5 to 18% of a CPU's heap (docs/log.md).
 NO_THREAD_CACHE = "glibc.malloc.tcache_count=0"
 # The number of the process that did. It stays, so that none does twice; a child has another one.
 _BEGUN_ANEW = "SCALELLM_BEGUN_ANEW"
