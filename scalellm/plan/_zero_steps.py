@@ -20,7 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scalellm.dist import World
 from scalellm.plan._steps import Step
-from scalellm.strategies._deepspeed_build import import_deepspeed, leave_process_group
+from scalellm.strategies._deepspeed_build import (
+    import_deepspeed,
+    keeping_linear,
+    leave_process_group,
+)
 from scalellm.strategies._deepspeed_config import DeepSpeedOptions
 from scalellm.strategies.base import Options
 from scalellm.strategies.deepspeed import DeepSpeed, is_partitioned
@@ -51,17 +55,15 @@ def answering(model: nn.Module) -> Iterator[None]:
     )
     # Compares the order of modules with the other ranks', by value.
     original = coordinator.assert_ints_same_as_other_ranks
-    linear = torch.nn.functional.linear  # stage 3 puts its own there and lets it stay
     coordinator.assert_ints_same_as_other_ranks = lambda ints: None
     cast(Any, model).to = lambda *_: model  # it is there; torch would swap the parameters
     try:
-        with warnings.catch_warnings(), _Answers():
+        with warnings.catch_warnings(), keeping_linear(), _Answers():
             # It asserts that partitions begin at multiples of 4.
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
             yield
     finally:
         coordinator.assert_ints_same_as_other_ranks = original
-        torch.nn.functional.linear = linear
         leave_process_group()
         if chosen is None:  # real ranks that this process starts may have a GPU
             os.environ.pop(_ACCELERATOR, None)

@@ -76,6 +76,16 @@ def _gather_without_copies() -> None:
     backend.all_gather_function = gather
 
 
+@contextmanager
+def keeping_linear() -> Iterator[None]:
+    """Puts torch's `linear` back in the end: stage 3 puts its own there and lets it stay."""
+    linear = torch.nn.functional.linear
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = linear
+
+
 def leave_process_group() -> None:
     """Takes back what DeepSpeed holds of the process group, which will end before it does.
 

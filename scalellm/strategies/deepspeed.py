@@ -23,6 +23,7 @@ from scalellm.strategies._deepspeed_build import (
     ASYNC_IO,
     cpu_adam,
     import_deepspeed,
+    keeping_linear,
     leave_process_group,
     prepare,
     replay_steps,
@@ -73,6 +74,7 @@ class DeepSpeed(Strategy):
     def setup(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         options = cast(DeepSpeedOptions, self.options)
         self.until_closed.enter_context(local_rank_shown(self.world))
+        self.until_closed.enter_context(keeping_linear())
         self.gradient_scale = float(self.world.world_size)  # the engine averages over ranks
         deepspeed = import_deepspeed(self.world)
         plan = self.plan()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from scalellm.checkpoint import open_checkpoint
@@ -67,10 +68,12 @@ def test_a_run_goes_through_all_strategies(
 def test_alone_under_plain_python(
     tiny_values: Values, monkeypatch: pytest.MonkeyPatch, strategy: Values
 ) -> None:
-    """DeepSpeed reads LOCAL_RANK, which only launchers set."""
+    """DeepSpeed reads LOCAL_RANK, which only launchers set, and puts its own `linear` in place."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)
+    linear = torch.nn.functional.linear
     assert train_to(tiny_values, strategy, 2) == 2
     assert "LOCAL_RANK" not in os.environ
+    assert torch.nn.functional.linear is linear
 
 
 def refused(values: Values, strategy: Values, resume: str) -> str:
