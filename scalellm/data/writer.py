@@ -260,6 +260,7 @@ def _is_dataset(path: Path) -> bool:
     # A damaged manifest still marks a dataset of ours: replacing it is how one mends it.
     try:
         with (path / MANIFEST).open("rb") as file:
-            return FORMAT.encode() in file.read(MAX_MANIFEST_BYTES)
+            size_bytes = min(os.fstat(file.fileno()).st_size, MAX_MANIFEST_BYTES)
+            return FORMAT.encode() in file.read(size_bytes)
     except OSError:
         return False
