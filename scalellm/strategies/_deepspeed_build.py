@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,13 @@ def import_deepspeed(world: World, *, join: bool = True) -> Any:
         )
         _gather_without_copies()
     return deepspeed
+
+
+def load_deepspeed(world: World) -> None:
+    """Imports the package and what an engine imports when made, torch's compiler above all."""
+    import_deepspeed(world, join=False)
+    with suppress(ModuleNotFoundError):  # not in every version
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 def _gather_without_copies() -> None:

@@ -23,7 +23,7 @@ from scalellm.config import BatchPlan, TrainConfig, setting
 from scalellm.dist import World
 from scalellm.errors import ConfigError
 from scalellm.strategies import _deepspeed_config
-from scalellm.strategies._deepspeed_build import import_deepspeed
+from scalellm.strategies._deepspeed_build import import_deepspeed, load_deepspeed
 from scalellm.strategies._state import Piece, StateSource
 from scalellm.strategies.base import MakeOptimizer, Options, Sharding, StepResult, Strategy
 from scalellm.strategies.ddp import DDP, DDPOptions
@@ -83,6 +83,12 @@ class Accelerate(Strategy):
     # -- building ---------------------------------------------------------------------------
 
     environment_before: dict[str, str] = {}  # noqa: RUF012  # replaced, never changed
+
+    def load_libraries(self) -> None:
+        super().load_libraries()
+        importlib.import_module("accelerate")
+        if cast(AccelerateOptions, self.options).backend == "deepspeed":
+            load_deepspeed(self.world)
 
     def setup(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         options = cast(AccelerateOptions, self.options)

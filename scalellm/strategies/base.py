@@ -8,6 +8,7 @@ Shapes: B samples of a micro-batch, T positions.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -137,6 +138,14 @@ class Strategy:
         return self.world.rank
 
     # -- building ---------------------------------------------------------------------------
+
+    def load_libraries(self) -> None:
+        """Imports what training will need, before there is a model.
+
+        What a process takes for its libraries is told from what it takes for its training, and
+        their thousands of small objects do not come to lie between tensors that are freed later.
+        """
+        importlib.import_module("torch._dynamo")  # as torch's optimizers do when one is made
 
     def setup(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         """Places, transforms and wraps the model and builds its optimizer, in this order.

@@ -25,6 +25,7 @@ from scalellm.strategies._deepspeed_build import (
     import_deepspeed,
     keeping_linear,
     leave_process_group,
+    load_deepspeed,
     prepare,
     replay_steps,
 )
@@ -70,6 +71,10 @@ class DeepSpeed(Strategy):
         # Who makes the engine; Accelerate puts itself in between.
         self.initialize: Initialize = self._initialize
         self.until_closed = ExitStack()
+
+    def load_libraries(self) -> None:
+        super().load_libraries()
+        load_deepspeed(self.world)
 
     def setup(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         options = cast(DeepSpeedOptions, self.options)

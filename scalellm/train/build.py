@@ -89,6 +89,7 @@ def run_training(
         source = find_checkpoint(folder, resume, world)
         strategy = strategy_class(world, config.train, options)
         stack.callback(strategy.close)
+        strategy.load_libraries()
         run = _build(config, world, strategy, plan, mixture, folder, source, memory, stack)
         _announce(run, plan, mixture, source, world)
         launched.tell("started", step=run.step, world_size=world.world_size)
