@@ -7,11 +7,13 @@ What a kernel allocates for itself and frees again inside one operation is not s
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Literal, cast
 
 import torch
@@ -24,8 +26,9 @@ from torch.utils._pytree import tree_leaves
 from scalellm.plan.allocator import GLOO, UNTOUCHED, Event, Recorded, What
 from scalellm.plan.types import CollectiveKind
 
-Kind = Literal["parameters", "optimizer", "gradients", "buffers", "activations", "temporary"]
-# Where two fit, the earlier one counts: a reduced gradient has been in a collective too.
+Kind = Literal[
+    "parameters", "optimizer", "gradients", "buffers", "activations", "temporary"
+]  # Where two fit, the earlier one counts: a reduced gradient has been in a collective too.
 KINDS: tuple[Kind, ...] = (
     "parameters",
     "optimizer",
@@ -80,6 +83,16 @@ class Segment:
     traffic: tuple[Traffic, ...]
 
 
+@dataclass(frozen=True)
+class _Sum:
+    """The last operation, if the engine added two gradients: from where on it is in the log, the
+    address of the result's storage, and the numbers of what was added."""
+
+    begin: int = 0
+    address: int = 0
+    of: frozenset[int] = frozenset()
+
+
 class LiveBytes(TorchDispatchMode):
     """A log of what is allocated and freed, in bytes; inside `FakeTensorMode`, enter it last.
 
@@ -99,14 +112,22 @@ class LiveBytes(TorchDispatchMode):
         self._recording: Recorded = ""  # where the last operation was
         self._graphs: set[Recorded] = set()  # that there are
         self._was_backward = False
+        self._added = _Sum()
 
     # -- what is seen -----------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "prim":  # a question
+            return func(*args, **(kwargs or {}))
         known = self._last_number
         self._follow_graphs(func)
         result = func(*args, **(kwargs or {}))
+        begin = len(self._log)
         self.add(result)
+        self._added = _Sum()
+        if func is torch.ops.aten.add.Tensor and _is_called_by_engine():
+            of = frozenset(self._number_of(tensor) for tensor in _with_memory(args))
+            self._added = _Sum(begin, local_of(result).untyped_storage()._cdata, of)
         if self._last_number == known:
             self._add_views(result)
         name = func._schema.name
@@ -176,13 +197,32 @@ class LiveBytes(TorchDispatchMode):
             self._change(number, storage.nbytes())
             self._add_objects(number, "tensor")
 
-            def freed(_: Any) -> None:
-                self._change(number, -self._sizes[number])
-                self._log.append(_Objects(number, "gone"))
-                del self._numbers[address], self._watches[number]
-
-            self._watches[number] = weakref.ref(storage, freed)
+            self._watches[address] = weakref.ref(storage, lambda _: self._freed(address))
         return self._numbers[address]
+
+    def _freed(self, address: int) -> None:
+        number = self._numbers.pop(address)
+        del self._watches[address]
+        if number in self._added.of and self._becomes_the_sum(number):
+            return
+        self._change(number, -self._sizes[number])
+        self._log.append(_Objects(number, "gone"))
+
+    def _becomes_the_sum(self, number: int) -> bool:
+        """Whether a gradient that was added to another is where the sum lies.
+
+        The engine of autograd adds in place what it alone holds, but not while it is watched as
+        here (torch/csrc/autograd/input_buffer.cpp, `accumulate`). Then it lets go of it at once.
+        """
+        total, self._added = self._added, _Sum()
+        new = self._numbers.get(total.address)
+        if new is None or self._sizes[new] != self._sizes[number]:
+            return False
+        self._log[total.begin :] = [
+            entry for entry in self._log[total.begin :] if getattr(entry, "number", None) != new
+        ]
+        self._numbers[total.address] = number
+        return True
 
     def _change(self, number: int, change_bytes: int) -> None:
         self._sizes[number] += change_bytes
@@ -307,6 +347,14 @@ def _with_memory(values: Any) -> list[Tensor]:
     """The tensors in any nesting; one on "meta" has a size and no memory, even beside fake ones."""
     found = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
     return [tensor for tensor in found if tensor.device.type != "meta"]
+
+
+def _is_called_by_engine() -> bool:
+    """Whether no Python of anyone's stands between the engine of autograd and a dispatch mode."""
+    frame = sys._getframe(2)
+    while frame.f_globals["__name__"] in ("torch._compile", "torch._dynamo.eval_frame"):
+        frame = cast(FrameType, frame.f_back)
+    return frame.f_code is torch.autograd.graph._engine_run_backward.__code__
 
 
 def local_of(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as tdist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 
 from scalellm.config import parse_config
 from scalellm.plan._record import record_events
@@ -68,6 +69,33 @@ def test_a_graph_ends_with_its_backward_and_a_blocks_second_one_with_the_block(
     _, events = record_events(parse_config({"model": shape, "train": train}), 1, "cpu")
     ended = Counter(event.recorded for event in events if event.what == "graph gone")
     assert ended == Counter({"forward": 3, "again": again})
+
+
+@pytest.mark.parametrize("uses", [2, 3])
+def test_gradients_that_meet_are_added_where_one_of_them_lies(uses: int) -> None:
+    """A watched backward adds them apart; what torch's own profiler sees is the truth."""
+    elements = 50_000
+    x, factors = torch.randn(elements, requires_grad=True), torch.randn(uses, elements)
+
+    def total() -> torch.Tensor:
+        y = x * 2
+        return torch.stack([(y * factor).sum() for factor in factors]).sum()
+
+    loss = total()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss.backward()  # type: ignore[no-untyped-call]
+    assert profiler.profiler is not None
+    seen: Any = profiler.profiler.kineto_results
+    sizes = [event.nbytes() for event in seen.events() if event.name() == "[memory]"]
+    x.grad = None
+    loss = total()
+    with LiveBytes() as live:
+        live.add([x, factors])
+        known = len(live.events())
+        loss.backward()  # type: ignore[no-untyped-call]
+        watched = [event.size_bytes for event in live.events()[known:]]
+    whole = 4 * elements
+    assert watched.count(whole) == sizes.count(whole) == uses + 1
 
 
 def test_a_storage_stays_while_its_bytes_come_and_go() -> None:
