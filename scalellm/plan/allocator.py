@@ -34,10 +34,10 @@ class Event:
     """An allocation (`size_bytes` > 0) or the free of it; `stream` is whose memory it takes.
 
     Of no size: the small objects beside a storage's bytes, or their end. They are made before the
-    bytes (storage) and after them (tensor), and for each view, and stay until the storage is gone,
-    although its bytes may come and go before. `recorded`: autograd keeps how it came about, in the
-    graph of a forward or of a checkpointed block that is computed again; "graph gone" says which
-    has ended.
+    bytes (storage) and after them (tensor), and stay until the storage is gone, although its bytes
+    may come and go before. `recorded`: autograd keeps how it came about, in the graph of a forward
+    or of a checkpointed block that is computed again; "graph gone" says which has ended, and so
+    have the views (view) in it.
     """
 
     number: int

@@ -10,9 +10,10 @@ import itertools
 from scalellm import strategies
 from scalellm.config import Config
 from scalellm.plan._ranks import ranks_of
-from scalellm.plan._record import engine_runs_dry, has_pipeline, is_deepspeed, record_events
+from scalellm.plan._record import engine_runs_dry, has_pipeline, is_deepspeed
 from scalellm.plan.allocator import MIB
 from scalellm.plan.heap import heap_bytes
+from scalellm.plan.memory import events_of
 from scalellm.plan.types import Memory
 
 # Modules, kernels and what these keep (MKL's buffers alone are 24 to 41 MiB), loaded with the first
@@ -20,9 +21,6 @@ from scalellm.plan.types import Memory
 # (docs/planning.md). FSDP's own have been loaded before.
 _PROCESS_BYTES = {"fsdp": 72 * MIB, "accelerate": 136 * MIB}
 _OTHER_PROCESS_BYTES, _ENGINE_BYTES = 116 * MIB, 164 * MIB
-
-# A heap of so many blocks is simulated whole; that of more has as large a share of holes.
-_WHOLE_LAYERS = 12
 
 _HOLES: dict[str, float] = {}
 
@@ -46,13 +44,9 @@ def _hole_bytes(config: Config, world_size: int, memory: Memory) -> int:
         return 0
     if config.strategy.name == "parallel" and has_pipeline(ranks_of(config, world_size).options):
         return 0  # measured: 2 to 10% too much without any, twice as much with those simulated
-    layers = min(config.model.num_layers, _WHOLE_LAYERS)
-    model = config.model.model_copy(update={"num_layers": layers})
-    small = config.model_copy(update={"model": model})
-    key = f"{small.model!r} {small.strategy!r} {small.train!r} {small.data.document_mask}"
-    key += f" {world_size}"
+    key, events_of_step = events_of(config, world_size)
     if key not in _HOLES:
-        _, events = record_events(small, world_size, "cpu")
+        events = events_of_step()
         peak_bytes = max(itertools.accumulate(event.size_bytes for event in events))
         _HOLES[key] = heap_bytes(events) / peak_bytes - 1
     return max(0, int(_HOLES[key] * memory.peak_bytes))

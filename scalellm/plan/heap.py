@@ -105,11 +105,12 @@ class Heap:
             while gone:
                 self.free(gone.pop())
             return
-        held = self._objects.setdefault(event.number, [])
+        graph = self._graphs.get(event.recorded, [])
+        for sizes in _NODES.get(event.what, ()) if event.recorded else ():
+            graph.append(self.malloc(self._random.choice(sizes)))
+        is_view = event.what == "view"
+        held = graph if is_view else self._objects.setdefault(event.number, [])
         if event.recorded:
-            for sizes in _NODES.get(event.what, ()):
-                node = self.malloc(self._random.choice(sizes))
-                self._graphs[event.recorded].append(node)
             held += map(self.malloc, _RECORDS.get(event.what, ()))
         held += map(self.malloc, _OBJECTS[event.what])
 

@@ -158,8 +158,11 @@ class LiveBytes(TorchDispatchMode):
             self._number_of(tensor)
 
     def _add_views(self, result: Any) -> None:
-        """Notes tensors that are new and their numbers not: objects, but no memory to speak of."""
-        for tensor in _with_memory(result):
+        """Notes tensors that are new and their numbers not: objects, but no memory to speak of.
+
+        Without a graph that keeps them they are gone in a moment.
+        """
+        for tensor in _with_memory(result) if self._recording else ():
             self._add_objects(self._number_of(tensor), "view")
 
     def _add_objects(self, number: int, what: What) -> None:

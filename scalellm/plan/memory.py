@@ -9,6 +9,7 @@ passes of the same decoder. A strategy of the user's own is taken at the word of
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
@@ -17,16 +18,22 @@ from scalellm.config import BatchPlan, Config, StrategyConfig, TrainConfig
 from scalellm.model import count_parameters
 from scalellm.plan._pipeline_memory import pipeline_memory
 from scalellm.plan._ranks import batches_of, data_world_size, ranks_of
-from scalellm.plan._record import Trace, engine_runs_dry, is_deepspeed, record
+from scalellm.plan._record import Trace, engine_runs_dry, is_deepspeed, record, record_events
 from scalellm.plan._steps import FEW_LAYERS
 from scalellm.plan._zero_memory import zero_memory
 from scalellm.plan.activations import activations, spared_by_compiling
+from scalellm.plan.allocator import Event
 from scalellm.plan.dry_run import remembered, stretched, summarize
 from scalellm.plan.types import Memory
 from scalellm.strategies._mesh import ParallelOptions, sizes
 
 # What of a pipeline's options its stages' own work depends on.
 _KEPT = ("sequence_parallel", "context", "bucket_mb")
+
+# A heap of so many blocks is simulated whole; that of more has as large a share of holes.
+WHOLE_LAYERS = 12
+# Only those of the last trace: they are many.
+_LAST_EVENTS: dict[str, list[Event]] = {}
 
 
 def estimate(config: Config, world_size: int, device_type: str = "cuda") -> Memory:
@@ -73,6 +80,8 @@ def _uncompiled(config: Config, world_size: int, device_type: str) -> Memory:
     if isinstance(here.options, ParallelOptions) and here.options.mesh.pp > 1:
         return _of_pipeline(config, here.options, here.batches, world_size, device_type)
     layers = config.model.num_layers
+    if device_type == "cpu" and layers <= WHOLE_LAYERS:  # `events_of` wants the same
+        return summarize(_recorded(config, world_size, device_type, layers))[0]
     trace = _recorded(config, world_size, device_type, min(layers, FEW_LAYERS))
     return summarize(stretched(trace, layers) if layers > FEW_LAYERS else trace)[0]
 
@@ -104,11 +113,41 @@ def _of_pipeline(
 
 def _recorded(config: Config, world_size: int, device_type: str, layers: int) -> Trace:
     small = _small(config, world_size, layers)
-    key = (
+    key = _key(small, world_size, device_type)
+    if device_type != "cpu":
+        return remembered(key, lambda: record(small, world_size, device_type))
+    return remembered(key, lambda: _with_events(key, small, world_size))
+
+
+def _with_events(key: str, small: Config, world_size: int) -> Trace:
+    trace, events = record_events(small, world_size, "cpu")
+    _LAST_EVENTS.clear()
+    _LAST_EVENTS[key] = events
+    return trace
+
+
+def events_of(config: Config, world_size: int) -> tuple[str, Callable[[], Sequence[Event]]]:
+    """Returns what a step's allocations on a CPU depend on, and what gives them.
+
+    Of more than `WHOLE_LAYERS` blocks they are those of so many. Right after `estimate` they are
+    known already.
+    """
+    small = _small(config, world_size, min(config.model.num_layers, WHOLE_LAYERS))
+    key = _key(small, world_size, "cpu")
+
+    def events() -> Sequence[Event]:
+        if key not in _LAST_EVENTS:
+            _with_events(key, small, world_size)
+        return _LAST_EVENTS[key]
+
+    return key, events
+
+
+def _key(small: Config, world_size: int, device_type: str) -> str:
+    return (
         f"{small.model!r} {small.strategy!r} {small.train!r} {small.data.document_mask} "
         f"{world_size} {device_type}"
     )
-    return remembered(key, lambda: record(small, world_size, device_type))
 
 
 def _small(config: Config, world_size: int, layers: int) -> Config:
