@@ -16,24 +16,17 @@ from scalellm.plan.heap import heap_bytes
 from scalellm.plan.memory import events_of
 from scalellm.plan.types import Memory
 
-# Modules, kernels and what these keep (MKL's buffers alone are 24 to 41 MiB), loaded with the first
-# model and the first step: the medians of what 176 runs took above their heap as simulated
-# (docs/planning.md). FSDP's own have been loaded before.
-_PROCESS_BYTES = {"fsdp": 72 * MIB, "accelerate": 136 * MIB}
-_OTHER_PROCESS_BYTES, _ENGINE_BYTES = 116 * MIB, 164 * MIB
+# Pages of libraries that the first step touches (15 to 20 MiB), and what MKL packs matrices into
+# and keeps (24 to 41 MiB, more for larger ones): the median of what 176 runs took above their heap
+# as simulated (docs/planning.md).
+_PROCESS_BYTES = 55 * MIB
 
 _HOLES: dict[str, float] = {}
 
 
 def beside_tensors(config: Config, world_size: int, memory: Memory) -> int:
     """Returns the bytes to add to a prediction made for a CPU: what is loaded, and holes."""
-    return _process_bytes(config) + _hole_bytes(config, world_size, memory)
-
-
-def _process_bytes(config: Config) -> int:
-    if is_deepspeed(config):
-        return _ENGINE_BYTES
-    return _PROCESS_BYTES.get(config.strategy.name, _OTHER_PROCESS_BYTES)
+    return _PROCESS_BYTES + _hole_bytes(config, world_size, memory)
 
 
 def _hole_bytes(config: Config, world_size: int, memory: Memory) -> int:

@@ -120,7 +120,7 @@ class LiveBytes(TorchDispatchMode):
         if func.namespace == "prim":  # a question
             return func(*args, **(kwargs or {}))
         known = self._last_number
-        self._follow_graphs(func)
+        self._follow_graphs(func, (args, kwargs))
         result = func(*args, **(kwargs or {}))
         begin = len(self._log)
         self.add(result)
@@ -135,17 +135,18 @@ class LiveBytes(TorchDispatchMode):
             self._add_collective(name.partition("::")[2], (args, kwargs, result))
         return result
 
-    def _follow_graphs(self, func: Any) -> None:
+    def _follow_graphs(self, func: Any, values: Any) -> None:
         """Notes that a backward has ended, or a block was computed again: so has its graph."""
         is_kept = func is torch.ops.aten.detach.default  # for the backward, while it goes on
         is_backward = int(torch._C._current_graph_task_id()) != -1
-        self._recording = ""
-        if torch.is_grad_enabled():
-            self._recording = "again" if is_backward else "forward"
+        is_again = is_backward and torch.is_grad_enabled()
         ended: dict[Recorded, bool] = {
-            "again": self._recording != "again" and not is_kept,
+            "again": not is_again and not is_kept,
             "forward": self._was_backward and not is_backward,
         }
+        self._recording = ""
+        if torch.is_grad_enabled() and any(one.requires_grad for one in _with_memory(values)):
+            self._recording = "again" if is_again else "forward"
         for graph, has_ended in ended.items():
             if has_ended and graph in self._graphs:
                 self._graphs.remove(graph)
