@@ -300,7 +300,7 @@ def sum_over_ranks(
     values: Sequence[float], device: torch.device | None = None, group: Group = None
 ) -> list[float]:
     """Returns the element-wise sum over ranks, in fp64, the same bits on every rank."""
-    if not tdist.is_initialized():
+    if not tdist.is_initialized() or tdist.get_world_size(group) == 1:
         return [float(value) for value in values]
     total = torch.tensor(values, dtype=torch.float64, device=device)
     tdist.all_reduce(total, group=group)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import gc
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from typing import NoReturn
 
 ENVIRONMENT = {
@@ -121,6 +123,31 @@ def _is_chosen(name: str) -> bool:
     """Whether the user has set it."""
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     return f"MALLOC_{name.upper()}_" in os.environ or f"glibc.malloc.{name}=" in tunables
+
+
+@contextlib.contextmanager
+def collecting_when_told(*, freezing: bool = False) -> Iterator[None]:
+    """Inside, Python looks for objects that hold each other only in `gc.collect`.
+
+    By itself it does after so many new objects: in the midst of a step, and on each rank at another
+    moment, while the others wait (torchtitan has it tell too, every 50 steps). What it frees is
+    then free sooner or later by chance, and so is what the heap needs (docs/log.md).
+
+    Args:
+        freezing: tidies up first, and does not look again at what is there at the beginning.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    if freezing:
+        gc.collect()
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if freezing:
+            gc.unfreeze()
+        if was_enabled:
+            gc.enable()
 
 
 def leave(code: int) -> NoReturn:

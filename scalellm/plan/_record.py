@@ -29,6 +29,7 @@ from scalellm.plan._steps import STEP, Step
 from scalellm.plan._zero_steps import ZeroStep, answering, can_run_dry, dry_options
 from scalellm.plan.allocator import Event
 from scalellm.plan.live import Kind, LiveBytes, Segment
+from scalellm.process import collecting_when_told
 from scalellm.strategies import Strategy
 from scalellm.strategies._mesh import ParallelOptions
 from scalellm.strategies.base import Options
@@ -77,6 +78,7 @@ def _record(
     live = LiveBytes(gloo=device_type == "cpu")
     model = _meta_model(config)
     with ExitStack() as stack:
+        stack.enter_context(collecting_when_told())
         if strategy_class.needs_process_group:
             stack.enter_context(fake_group(world_size, rank))
             stack.enter_context(gloo_of(device_type, live))

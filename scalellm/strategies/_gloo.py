@@ -194,6 +194,11 @@ def _others(group: tdist.ProcessGroup) -> list[int]:
     return [(own + distance) % size for distance in range(1, size)]
 
 
+def done() -> tdist.Work:
+    """What is waited for where there is nothing to do."""
+    return _Together([])
+
+
 class _Together(tdist.Work):
     """Done when all of them are."""
 

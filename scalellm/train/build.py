@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from scalellm import checkpoint, data, launched, strategies
+from scalellm import checkpoint, data, launched, process, strategies
 from scalellm.config import BatchPlan, Config
 from scalellm.dist import World, detect, ranks, together
 from scalellm.errors import ConfigError
@@ -90,6 +90,7 @@ def run_training(
         strategy = strategy_class(world, config.train, options)
         stack.callback(strategy.close)
         strategy.load_libraries()
+        stack.enter_context(process.collecting_when_told(freezing=True))
         run = _build(config, world, strategy, plan, mixture, folder, source, memory, stack)
         _announce(run, plan, mixture, source, world)
         launched.tell("started", step=run.step, world_size=world.world_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from scalellm.train.guards import EarlyStopping, NonFiniteGuard, StopSignal
 from scalellm.train.profiling import Profiler
 from scalellm.train.schedule import learning_rate
 from scalellm.train.session import Session
+
+_COLLECT_EVERY_STEPS = 50
 
 
 @dataclass
@@ -79,6 +82,8 @@ def train(run: Run, stop: StopSignal) -> str:
             break
         if _is_due(run.step, run.config.checkpoint.every_steps) and run.step < config.steps:
             _save(run)
+        if _is_due(run.step, _COLLECT_EVERY_STEPS):
+            gc.collect()  # on all ranks at once; see `process.collecting_when_told`
     if ended == "done":
         if run.early_stopping.should_stop and run.step < config.steps:
             ended = "early stop"
