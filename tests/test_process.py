@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,33 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print([faults() for _ in range(12)][-1])  # the heap has found its shape
 """
+
+
+class _Knot:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@pytest.mark.parametrize("freezing", [False, True])
+def test_cycles_wait_until_they_are_asked_for(freezing: bool) -> None:
+    assert gc.isenabled()
+    with process.collecting_when_told(freezing=freezing):
+        knot = weakref.ref(_Knot())
+        kept = [[] for _ in range(10 * gc.get_threshold()[0])]  # type: ignore[var-annotated]
+        assert knot() is not None
+        gc.collect()
+        assert knot() is None
+        assert (gc.get_freeze_count() > 0) == freezing
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+    del kept
+
+
+def test_cycles_come_as_ever_after_a_failure() -> None:
+    with pytest.raises(KeyError), process.collecting_when_told(freezing=True):
+        raise KeyError
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
 
 
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,14 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as tdist
 
 from scalellm import strategies
 from scalellm.config import BatchPlan, ModelConfig, StrategyConfig, TrainConfig, parse_config
@@ -179,6 +181,36 @@ def checkpointed_curve(mode: str) -> Curve:
     options = {"stage": 3, "persistent_elements": 0}
     task = Checkpointed(MODEL, 4, "fp32", micro_batch=2)
     return run_curve(task, "deepspeed", options, detect())
+
+
+def curve_and_collectives(options: dict[str, Any]) -> tuple[Curve, list[str]]:
+    asked: list[str] = []
+
+    def noted(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if sys._getframe(1).f_globals["__name__"].startswith("deepspeed."):
+                asked.append(name)
+            return collective(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "broadcast", "reduce_scatter_tensor", "all_gather_into_tensor"):
+            patch.setattr(tdist, name, noted(name, getattr(tdist, name)))
+        curve = run_curve(Task(MODEL, 4, "fp32", micro_batch=2), "deepspeed", options, detect())
+    return curve, asked
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_alone_it_hands_nothing_to_gloo(
+    ranks: Callable[..., list[tuple[Curve, list[str]]]], stage: int
+) -> None:
+    options = {"stage": stage}
+    [(curve, asked)] = ranks(curve_and_collectives, 1, options)
+    assert asked == []
+    wanted = run_curve(Task(MODEL, 4, "fp32", micro_batch=2), "single", {}, World())
+    assert worst_difference(curve, wanted) < TOLERANCE["fp32"]
+    assert {"all_reduce"} <= set(ranks(curve_and_collectives, 2, options)[0][1])
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
