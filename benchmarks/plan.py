@@ -2,13 +2,16 @@
 
     scalellm bench plan --all --out DIR [--resume]
     scalellm bench plan [--variants single,ddp,fsdp,...] [--worlds 1,2] [--shapes 60m]
-        [--seq-lens 256] [--checkpointing none,full] [--dry-run] [--json FILE] [--markdown FILE]
+        [--seq-lens 256] [--checkpointing none,full] [--runs 3] [--dry-run] [--json FILE]
+        [--markdown FILE]
 
-`--all` is the whole table, an hour on two cores. With `--out` what was measured is on the disk
-after each cell, and `--resume` goes on where it ended; predictions are made anew.
+`--all` is the whole table, 45 minutes a run of each cell and 15 for the predictions, on two cores.
+With `--out` what was measured is on the disk after each run, and `--resume` goes on where it ended,
+also with more `--runs`; predictions are made anew.
 
-Each cell is a run of its own processes, of a few steps. `measured` is rank 0's resident high-water
-mark after the last step, before anything is saved, above its size before the model was built.
+Each run is processes of its own, and a few steps. `measured` is rank 0's resident high-water
+mark after the last step, before anything is saved, above its size before the model was built, in
+the median of a cell's runs.
 `predicted` is the estimate of tensors plus what a process on a CPU has beside them (`plan.cpu`);
 `dry run` is the same from a dry run, where there is one.
 """
@@ -22,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +70,33 @@ def main(argv: list[str] | None = None) -> int:
 def _rows(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     cells = cells_of(args)
     data = args.data or _prepared(folder / "data")
-    if args.out is None:
-        return [_row(cell, _measured(cell, folder / "run", data, args), args) for cell in cells]
-    with closing(Journal(args.out)) as journal:
-        asked = {"cells": [cell.id for cell in cells], "steps": args.steps}
-        journal.begin({"config": asked}, resume=args.resume)
-        # What failed is tried again.
-        found = {entry["id"]: entry for entry in journal.entries if "measured_bytes" in entry}
-        for cell in cells:
-            if cell.id not in found:
-                found[cell.id] = {"id": cell.id, **_measured(cell, folder / "run", data, args)}
-                journal.add(found[cell.id])
-    return [_row(cell, found[cell.id], args) for cell in cells]
+    found: dict[str, list[dict[str, Any]]] = {cell.id: [] for cell in cells}
+    with ExitStack() as stack:
+        journal = None
+        if args.out is not None:
+            journal = stack.enter_context(closing(Journal(args.out)))
+            asked = {"cells": [cell.id for cell in cells], "steps": args.steps}
+            journal.begin({"config": asked}, resume=args.resume)
+            for entry in journal.entries:
+                if "measured_bytes" in entry:  # what failed is tried again
+                    found[entry["id"]].append(entry)
+        for turn in range(args.runs):  # one run of each after the other: what drifts meets all
+            for cell in cells:
+                if len(found[cell.id]) <= turn:
+                    run = {"id": cell.id, **_measured(cell, folder / "run", data, args)}
+                    found[cell.id].append(run)
+                    if journal is not None:
+                        journal.add(run)
+    return [_row(cell, _all_runs(found[cell.id]), args) for cell in cells]
+
+
+def _all_runs(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The median of a cell's runs and each of them, or why there is none."""
+    sizes = [run["measured_bytes"] for run in runs if "measured_bytes" in run]
+    failed = next((run for run in runs if "error" in run), {})
+    if not sizes:
+        return failed
+    return failed | {"measured_bytes": int(statistics.median(sizes)), "runs_bytes": sizes}
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -95,6 +113,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=4, help="samples")
     parser.add_argument("--accumulations", default="1", help="micro-batches a step, by comma")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=1, help="of each cell; the median counts")
     parser.add_argument("--timeout-s", type=float, default=600.0)
     parser.add_argument("--dry-run", action="store_true", help="dry runs too, where they can be")
     parser.add_argument("--data", type=Path, help="prepared data; default: a part of stdlib")
@@ -105,6 +124,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.all:
         vars(args).update(ALL)
+    if args.runs < 1:
+        raise UserError(f"--runs={args.runs} runs: it must be at least 1")
     if args.resume and args.out is None:
         raise UserError("--resume needs --out DIR: where what was measured is")
     for name, known in (("variants", ALL_VARIANTS), ("shapes", SHAPES)):
@@ -218,11 +239,13 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         f"{machine['processor']}, torch {machine['versions']['torch']}; MiB of rank 0",
         "",
-        "| cell | parameters | predicted | dry run | measured | predicted / measured |",
-        "|---|---|---|---|---|---|",
+        "| cell | parameters | predicted | dry run | measured | its runs | predicted / measured |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in report["cells"]:
         sizes = [_mib(row.get(f"{word}_bytes")) for word in ("predicted", "dry_run", "measured")]
+        runs = row.get("runs_bytes", [])
+        sizes.append(f"{_mib(min(runs))} to {_mib(max(runs))}" if len(runs) > 1 else "")
         ratio = f"{row['ratio']:.3f}" if "ratio" in row else row["error"]
         lines.append(f"| {row['id']} | {row['parameters']:,} | {' | '.join(sizes)} | {ratio} |")
     if report["median_ratio"] is not None:

@@ -55,13 +55,14 @@ def test_an_unknown_variant_is_named_with_those_there_are(bench: Any) -> None:
 def test_the_summary_leaves_failed_cells_out_and_the_table_does_not(bench: Any) -> None:
     good = {"id": "a", "parameters": 1000, "predicted_bytes": 110 << 20}
     good |= {"measured_bytes": 100 << 20, "ratio": 1.1}
+    good["runs_bytes"] = [100 << 20, 99 << 20, 103 << 20]
     bad = {"id": "b", "parameters": 1000, "predicted_bytes": 1 << 20, "error": "it fell over"}
     found = bench.summary([good, bad])
     assert found["median_ratio"] == 1.1
     assert found["worst_error"] == pytest.approx(0.1)
     machine = {"processor": "a CPU", "versions": {"torch": "2"}}
     text = bench.markdown({"environment": machine, "cells": [good, bad], **found})
-    assert "| a | 1,000 | 110 |  | 100 | 1.100 |" in text
+    assert "| a | 1,000 | 110 |  | 100 | 99 to 103 | 1.100 |" in text
     assert "it fell over |" in text
     assert "| a | 10.0% | 10.0% |" in text
 
@@ -97,6 +98,32 @@ def test_an_interrupted_table_goes_on(
     rows = bench._rows(bench._parse([*words, "--resume"]), tmp_path)
     assert [row["measured_bytes"] for row in rows] == [100, 100]
     assert first.startswith("single") and ran[0].startswith("ddp")
+
+
+def test_more_runs_are_added_and_the_median_counts(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--variants", "single,ddp", "--worlds", "1", "--shapes", "tiny", "--data", "data"]
+    words += ["--out", str(tmp_path / "out")]
+    answers = iter([100, 200, 130, 210, 110, 260])
+    ran: list[str] = []
+
+    def measured(cell: Any, *_: Any) -> dict[str, int]:
+        ran.append(cell.variant)
+        return {"measured_bytes": next(answers)}
+
+    monkeypatch.setattr(bench, "_measured", measured)
+    monkeypatch.setattr(bench, "_row", lambda cell, found, args: found)
+    assert [row["runs_bytes"] for row in bench._rows(bench._parse(words), tmp_path)] == [
+        [100],
+        [200],
+    ]
+    rows = bench._rows(bench._parse([*words, "--resume", "--runs", "3"]), tmp_path)
+    assert ran == ["single", "ddp"] * 3
+    assert [row["runs_bytes"] for row in rows] == [[100, 130, 110], [200, 210, 260]]
+    assert [row["measured_bytes"] for row in rows] == [110, 210]
+    with pytest.raises(bench.UserError, match="--runs=0 runs: it must be at least 1"):
+        bench._parse(["--runs", "0"])
 
 
 def test_what_failed_is_tried_again(
