@@ -95,6 +95,15 @@ def test_a_graph_outlives_what_it_was_for() -> None:
     assert heap.used_bytes < NODE
 
 
+def test_a_view_of_a_graph_goes_with_it_and_not_with_its_storage() -> None:
+    heap = bare([Event(1, 5000)])
+    before = heap.used_bytes
+    heap.play([Event(1, 0, what="view", recorded="forward"), Event(1, 0, what="gone")])
+    assert heap.used_bytes > before + 176 + 312 + 488
+    heap.play([Event(0, 0, what="graph gone", recorded="forward")])
+    assert heap.used_bytes < before + NODE
+
+
 def test_a_storage_without_its_bytes_keeps_the_holes_around_it_apart() -> None:
     """As those of gathered parameters, whose bytes come and go."""
     stored = [[Event(n, 8 * MIB), Event(n, 0, what="storage")] for n in range(4)]
