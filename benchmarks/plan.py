@@ -246,7 +246,8 @@ def markdown(report: dict[str, Any]) -> str:
         sizes = [_mib(row.get(f"{word}_bytes")) for word in ("predicted", "dry_run", "measured")]
         runs = row.get("runs_bytes", [])
         sizes.append(f"{_mib(min(runs))} to {_mib(max(runs))}" if len(runs) > 1 else "")
-        ratio = f"{row['ratio']:.3f}" if "ratio" in row else row["error"]
+        found = [f"{row['ratio']:.3f}"] if "ratio" in row else []
+        ratio = "; ".join([*found, *([row["error"]] if "error" in row else [])])
         lines.append(f"| {row['id']} | {row['parameters']:,} | {' | '.join(sizes)} | {ratio} |")
     if report["median_ratio"] is not None:
         lines += ["", "| variant | median error | worst |", "|---|---|---|"]

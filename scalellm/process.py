@@ -136,12 +136,12 @@ def collecting_when_told(*, freezing: bool = False) -> Iterator[None]:
     Args:
         freezing: tidies up first, and does not look again at what is there at the beginning.
     """
-    was_enabled = gc.isenabled()
+    was_enabled, freezing = gc.isenabled(), freezing and not gc.get_freeze_count()
     gc.disable()
-    if freezing:
-        gc.collect()
-        gc.freeze()
     try:
+        if freezing:
+            gc.collect()
+            gc.freeze()
         yield
     finally:
         if freezing:

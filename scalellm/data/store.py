@@ -135,7 +135,8 @@ class LocalStore:
                 )
             with path.open("rb") as file:
                 # Not as much as allowed: Python allocates what is asked for before it reads.
-                data = file.read(info.st_size)
+                size_bytes = os.fstat(file.fileno()).st_size
+                data = file.read(min(size_bytes, limit_bytes))
         except (FileNotFoundError, NotADirectoryError):
             raise DataError(
                 f"{path.parent} {MISSING} directory that `scalellm prepare` finished"

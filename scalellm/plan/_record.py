@@ -61,13 +61,13 @@ def record(config: Config, world_size: int, device_type: str, rank: int = 0) -> 
 
 def record_events(config: Config, world_size: int, device_type: str) -> tuple[Trace, list[Event]]:
     """Returns the same trace, and all allocations from the parameters' to the end of the step."""
-    trace, live = _record(config, world_size, device_type)
-    return trace, live.events()
+    return _record(config, world_size, device_type)
 
 
 def _record(
     config: Config, world_size: int, device_type: str, rank: int = 0
-) -> tuple[Trace, LiveBytes]:
+) -> tuple[Trace, list[Event]]:
+    """Inside all the while: what is alive at the end is freed at any moment afterwards."""
     _check(config, world_size, device_type)
     config = as_on(config, device_type)
     here = ranks_of(config, world_size, rank)
@@ -112,10 +112,10 @@ def _record(
             step.take(plan.micro_batch_size, micro_batches, device_type)
         first_times = 1 if is_pipeline else max(1, plan.grad_accumulation - 1)
         if is_deepspeed(config):
-            return _from_setup(live, first_times), live
+            return _from_setup(live, first_times), live.events()
         start, segments = live.segments(STEP, away)
         trace = Trace(start, segments, step.layer_bytes(), away, first_times)
-    return trace, live
+        return trace, live.events()
 
 
 def _from_setup(live: LiveBytes, first_times: int) -> Trace:

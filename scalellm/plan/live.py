@@ -355,10 +355,11 @@ def _with_memory(values: Any) -> list[Tensor]:
 
 def _is_called_by_engine() -> bool:
     """Whether no Python of anyone's stands between the engine of autograd and a dispatch mode."""
-    frame = sys._getframe(2)
-    while frame.f_globals["__name__"] in ("torch._compile", "torch._dynamo.eval_frame"):
-        frame = cast(FrameType, frame.f_back)
-    return frame.f_code is torch.autograd.graph._engine_run_backward.__code__
+    frame: FrameType | None = sys._getframe(1).f_back
+    while frame and frame.f_globals["__name__"] in ("torch._compile", "torch._dynamo.eval_frame"):
+        frame = frame.f_back
+    engine = torch.autograd.graph._engine_run_backward.__code__
+    return frame is not None and frame.f_code is engine
 
 
 def local_of(tensor: Tensor) -> Tensor:

@@ -47,6 +47,8 @@ def import_deepspeed(world: World, *, join: bool = True) -> Any:
         compatible = ops.__dict__.setdefault("__compatible_ops__", {})
         compatible["deepspeed_shm_comm"] = False
     if join:
+        # What an engine before left of a process group is not this one's.
+        importlib.import_module("deepspeed.comm.comm").cdb = None  # type: ignore[attr-defined]
         deepspeed.init_distributed(
             auto_mpi_discovery=False, verbose=False, dist_init_required=False
         )

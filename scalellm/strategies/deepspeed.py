@@ -82,6 +82,7 @@ class DeepSpeed(Strategy):
         self.until_closed.enter_context(keeping_linear())
         self.gradient_scale = float(self.world.world_size)  # the engine averages over ranks
         deepspeed = import_deepspeed(self.world)
+        self.until_closed.callback(leave_process_group)  # also where no engine comes of it
         plan = self.plan()
         self.config = make_config(options, self.train, plan)
         _check_config(self.config, options)
@@ -239,7 +240,6 @@ class DeepSpeed(Strategy):
         if hasattr(self, "engine"):
             self.engine.destroy()
             del self.engine, self.module, self.optimizer, self.zero, self.model
-            leave_process_group()
         self.until_closed.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -211,6 +212,26 @@ def test_alone_it_hands_nothing_to_gloo(
     wanted = run_curve(Task(MODEL, 4, "fp32", micro_batch=2), "single", {}, World())
     assert worst_difference(curve, wanted) < TOLERANCE["fp32"]
     assert {"all_reduce"} <= set(ranks(curve_and_collectives, 2, options)[0][1])
+
+
+def left_by_a_failed_setup() -> object:
+    """What an engine alone is told is nothing for a later one in this process with more ranks."""
+    train, options = TrainConfig(global_batch_size=2), parsed(stage=1)
+    strategy = strategies.resolve("deepspeed")(detect(), train, options)
+
+    def make(_: Any) -> torch.optim.Optimizer:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        strategy.setup(Decoder(MODEL), make)
+    comm: Any = importlib.import_module("deepspeed.comm.comm")
+    assert comm.cdb is not None
+    strategy.close()
+    return comm.cdb
+
+
+def test_a_failed_setup_leaves_no_backend(ranks: Callable[..., list[object]]) -> None:
+    assert ranks(left_by_a_failed_setup, 1) == [None]
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
