@@ -24,10 +24,6 @@ SPEED = {"single": 1.0, "ddp": 0.97, "fsdp": 0.85, "deepspeed-2": 0.78, "acceler
 SHARED = {"fsdp", "deepspeed-2"}
 
 
-# The report plans every cell of its sweep, minutes of one core; the limit is for what hangs.
-pytestmark = pytest.mark.timeout(1200)
-
-
 @pytest.fixture(scope="module")
 def module() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
