@@ -38,7 +38,7 @@ def test_cycles_wait_until_they_are_asked_for(freezing: bool) -> None:
     assert gc.isenabled()
     with process.collecting_when_told(freezing=freezing):
         knot = weakref.ref(_Knot())
-        kept = [[] for _ in range(10 * gc.get_threshold()[0])]  # type: ignore[var-annotated]
+        kept: list[list[int]] = [[] for _ in range(10 * gc.get_threshold()[0])]
         assert knot() is not None
         gc.collect()
         assert knot() is None

@@ -89,7 +89,7 @@ def _gather_without_copies() -> None:
 
 
 def _answer_alone() -> None:
-    """A group of one has nothing to send, so nothing is handed to gloo.
+    """A group of one has nothing to send, so what an engine sends in a step is not handed to gloo.
 
     Its threads let go of a tensor a moment after it is done, and what the heap takes in between
     lies elsewhere: one and the same run needed 535 or 636 MiB.
