@@ -26,9 +26,8 @@ from torch.utils._pytree import tree_leaves
 from scalellm.plan.allocator import GLOO, UNTOUCHED, Event, Recorded, What
 from scalellm.plan.types import CollectiveKind
 
-Kind = Literal[
-    "parameters", "optimizer", "gradients", "buffers", "activations", "temporary"
-]  # Where two fit, the earlier one counts: a reduced gradient has been in a collective too.
+Kind = Literal["parameters", "optimizer", "gradients", "buffers", "activations", "temporary"]
+# Where two fit, the earlier one counts: a reduced gradient has been in a collective too.
 KINDS: tuple[Kind, ...] = (
     "parameters",
     "optimizer",
