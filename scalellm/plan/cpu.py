@@ -15,6 +15,7 @@ from scalellm.plan.allocator import MIB
 from scalellm.plan.heap import heap_bytes
 from scalellm.plan.memory import events_of
 from scalellm.plan.types import Memory
+from scalellm.process import KEPT_BYTES, MAPPED_FROM_BYTES
 
 # Pages of libraries that the first step touches (15 to 20 MiB), and what MKL packs matrices into
 # and keeps (24 to 41 MiB, more for larger ones): the median of what 176 runs took above their heap
@@ -41,5 +42,6 @@ def _hole_bytes(config: Config, world_size: int, memory: Memory) -> int:
     if key not in _HOLES:
         events = events_of_step()
         peak_bytes = max(itertools.accumulate(event.size_bytes for event in events))
-        _HOLES[key] = heap_bytes(events) / peak_bytes - 1
+        heap = heap_bytes(events, MAPPED_FROM_BYTES if is_deepspeed(config) else KEPT_BYTES)
+        _HOLES[key] = heap / peak_bytes - 1
     return max(0, int(_HOLES[key] * memory.peak_bytes))

@@ -1,7 +1,8 @@
 """What a process on a CPU grows by for a sequence of allocations and frees: glibc's heap.
 
 Torch asks the C library for every tensor, and `process.keep_freed_memory` has it serve all of them
-from one heap that only ever grows: what is resident is how far the heap has reached, holes and all.
+from one heap that only ever grows: what is resident is how far the heap has reached, holes and all,
+and beside it what `process.map_large_blocks` has the library ask the system for, block by block.
 A hole is not taken again by a tensor of its own size: the library looks for the size *and* the
 alignment, and gives back what was too much only then. What it gave back is taken by the small
 objects that torch and autograd make beside a tensor, and where these outlive it, as parts of the
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from scalellm.plan.allocator import GLOO, MIB, UNTOUCHED, Event, Recorded, What
+from scalellm.process import KEPT_BYTES
 
 _HEAD, _UNIT, _LEAST = 8, 16, 32  # of a chunk: what it has beside the caller's bytes, and sizes
 _SMALL = 1024  # chunks below lie in bins of one size each
@@ -39,14 +41,16 @@ _NODES: dict[What, tuple[tuple[int, ...], ...]] = {
 _DRAWN = 8
 
 
-def heap_bytes(events: Sequence[Event]) -> int:
-    """Returns how far the heap reaches after all of them, beginning with an empty one.
+def heap_bytes(events: Sequence[Event], mapped_from_bytes: int = KEPT_BYTES) -> int:
+    """Returns the most that was resident during all of them, beginning with an empty heap.
+
+    Blocks of `mapped_from_bytes` and more lie outside, unless the heap has room (`process`).
 
     Which operation a tensor came from is not in the events, but decides what small object lies
     where, and so what later fits where: it is drawn, and this is the mean of some draws.
     """
     own = [event for event in events if event.stream != GLOO]
-    heaps = [Heap(seed) for seed in range(_DRAWN)]
+    heaps = [Heap(seed, mapped_from_bytes) for seed in range(_DRAWN)]
     for heap in heaps:
         heap.play(own)
     return sum(heap.reached for heap in heaps) // _DRAWN + _gloo_bytes(events)
@@ -70,10 +74,14 @@ def _gloo_bytes(events: Sequence[Event]) -> int:
 
 
 class Heap:
-    """One heap and its only thread; `reached` is the highest address that was in use."""
+    """One heap and its only thread; `reached` is the most that was resident."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, mapped_from_bytes: int = KEPT_BYTES) -> None:
         self.reached = 0
+        self._mapped_from_bytes = mapped_from_bytes
+        self._highest = 0  # address that was in use
+        self._mapped: dict[int, int] = {}  # what is resident of blocks outside, by address
+        self._maps = 0
         self._random = random.Random(seed)
         self._top = self._end = 0  # from `_top` on nothing was handed out
         self._used: dict[int, int] = {}  # sizes by address; also of what is fast
@@ -89,10 +97,13 @@ class Heap:
         """Does what tensors do; the streams of `events` are one here."""
         for event in events:
             if event.size_bytes > 0:
-                reached = self.reached
-                self._places[event.number] = self.memalign(ALIGNMENT, event.size_bytes)
+                before = self.reached, self._highest
+                address = self.memalign(ALIGNMENT, event.size_bytes)
                 if event.stream == UNTOUCHED:  # asked for, but not resident
-                    self.reached = reached
+                    self.reached, self._highest = before
+                    if address in self._mapped:
+                        self._mapped[address] = 0
+                self._places[event.number] = address
             elif event.size_bytes < 0:
                 self.free(self._places.pop(event.number))
             else:
@@ -122,6 +133,8 @@ class Heap:
         """As `malloc`, with user's bytes at a multiple of `alignment`."""
         size = _chunk(size_bytes)
         address = self._take(_chunk(size + alignment + _LEAST))
+        if address in self._mapped:
+            return address
         if (address + _UNIT) % alignment:
             start = -(-(address + _UNIT) // alignment) * alignment - _UNIT
             if start - address < _LEAST:
@@ -138,6 +151,9 @@ class Heap:
 
     def free(self, address: int) -> None:
         """Gives a chunk back."""
+        if address in self._mapped:
+            del self._mapped[address]
+            return
         size = self._used[address]
         if size <= _FAST:
             self._fast.setdefault(size, []).append(address)
@@ -207,12 +223,25 @@ class Heap:
 
     def _from_top(self, size: int) -> int:
         missing = size + _LEAST - (self._end - self._top)
+        if missing > 0 and size >= self._mapped_from_bytes:
+            return self._map(size)
         if missing > 0:
             self._end = -(-(self._end + missing + _PAD) // _PAGE) * _PAGE
         address, self._top = self._top, self._top + size
         self._used[address] = size
-        self.reached = max(self.reached, self._top)
+        self._highest = max(self._highest, self._top)
+        self._look()
         return address
+
+    def _map(self, size: int) -> int:
+        """Takes a block of its own from the system; its address is none of the heap's."""
+        self._maps += 1
+        self._mapped[-self._maps] = -(-size // _PAGE) * _PAGE
+        self._look()
+        return -self._maps
+
+    def _look(self) -> None:
+        self.reached = max(self.reached, self._highest + sum(self._mapped.values()))
 
     # -- where it puts one ------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as tdist
 from torch import Tensor
 
+from scalellm import process
 from scalellm.dist import World, together
 from scalellm.errors import ConfigError
 from scalellm.strategies import _gloo
@@ -61,6 +62,7 @@ def import_deepspeed(world: World, *, join: bool = True) -> Any:
 
 def load_deepspeed(world: World) -> None:
     """Imports the package and what an engine imports when made, torch's compiler above all."""
+    process.map_large_blocks()
     import_deepspeed(world, join=False)
     with suppress(ModuleNotFoundError):  # not in every version
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")

@@ -16,6 +16,7 @@ import pytest
 
 from scalellm.plan.allocator import MIB, Event
 from scalellm.plan.heap import ALIGNMENT, Heap, heap_bytes
+from scalellm.process import KEPT_BYTES, MAPPED_FROM_BYTES
 
 is_glibc = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="the rules are those of glibc"
@@ -122,6 +123,29 @@ def test_what_is_asked_for_and_not_written_to_is_not_resident() -> None:
     assert heap_bytes([*untouched, Event(2, MIB)]) < 2 * MIB
 
 
+def test_large_blocks_from_the_system_leave_no_holes() -> None:
+    size = MAPPED_FROM_BYTES
+    events = [Event(1, size), Event(2, MIB), Event(1, -size), Event(3, size + 8192)]
+    assert bare(events).reached > 2 * size
+    assert size + MIB <= bare(events, size).reached < size + 2 * MIB
+    assert bare(events, size + MIB).reached > 2 * size
+
+
+def test_a_large_block_is_taken_from_the_heap_where_that_has_room() -> None:
+    """Freed parts of the heap that lie at its end are still there."""
+    small = [Event(n, 5 * MIB) for n in range(8)]
+    gone = [Event(n, -5 * MIB) for n in range(8)]
+    events = [*small, *gone, Event(9, 30 * MIB)]
+    assert bare(events, MAPPED_FROM_BYTES).reached < 42 * MIB
+    assert bare([*small, Event(9, 30 * MIB)], MAPPED_FROM_BYTES).reached > 70 * MIB
+
+
+def test_a_large_block_that_is_not_written_to_is_not_resident_either() -> None:
+    untouched = [Event(1, 50 * MIB, "untouched"), Event(2, MIB)]
+    assert heap_bytes(untouched, MAPPED_FROM_BYTES) < 2 * MIB
+    assert heap_bytes([Event(1, 50 * MIB), Event(2, MIB)], MAPPED_FROM_BYTES) > 51 * MIB
+
+
 def test_threads_of_gloo_take_turns_and_keep_what_is_no_larger_than_their_heap() -> None:
     def gathered(size_bytes: int, times: int) -> int:
         events = []
@@ -157,25 +181,32 @@ def test_whatever_comes_and_goes_what_is_alive_lies_in_it() -> None:
 
 SCRIPT = """
 import ctypes, json, sys
-from scalellm.process import keep_freed_memory
-keep_freed_memory()
+from scalellm import process
+process.keep_freed_memory()
 libc = ctypes.CDLL(None)
+class Counts(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in (
+        "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split())]
+libc.mallinfo.restype = Counts
 libc.sbrk.restype, libc.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_long]
 libc.memalign.restype, libc.memalign.argtypes = ctypes.c_void_p, [ctypes.c_size_t] * 2
 libc.free.argtypes = [ctypes.c_void_p]
-alignment, events = json.load(sys.stdin)
+alignment, events, maps = json.load(sys.stdin)
+if maps:
+    process.map_large_blocks()
 alive = {event[0]: 0 for event in events}
 for size in (1 << 20, 1 << 16, 1 << 13):  # fills the holes that there are
     end = libc.sbrk(0)
     while libc.sbrk(0) == end:
         libc.memalign(16, size)
-begin = libc.sbrk(0)
+begin, mapped, most = libc.sbrk(0), libc.mallinfo().hblkhd, 0
 for number, size_bytes in events:
     if size_bytes < 0:
         libc.free(alive[number])
     else:
         alive[number] = libc.memalign(alignment, size_bytes)
-print(libc.sbrk(0) - begin)
+    most = max(most, libc.sbrk(0) - begin + libc.mallinfo().hblkhd - mapped)
+print(most)
 """
 
 
@@ -200,12 +231,13 @@ def test_a_real_process_leaves_holes_of_the_same_size_too() -> None:
 
 
 @is_glibc
-def test_the_heap_of_a_real_process_reaches_as_far() -> None:
+@pytest.mark.parametrize("maps_large_blocks", [False, True])
+def test_the_heap_of_a_real_process_reaches_as_far(maps_large_blocks: bool) -> None:
     """Its own few small allocations lie in between, and decide now and then what fits where."""
     ratios, holes = [], []
     for seed in range(10):
         events = random_events(seed, 300, least=20, largest=25)
-        said, measured = reached(events)
+        said, measured = reached(events, maps_large_blocks=maps_large_blocks)
         ratios.append(said / measured)
         holes.append(measured / most_alive(events))
     assert statistics.mean(holes) > 1.05
@@ -213,9 +245,12 @@ def test_the_heap_of_a_real_process_reaches_as_far() -> None:
     assert ratios == pytest.approx([1] * len(ratios), abs=0.25)
 
 
-def reached(events: list[Event], differing: int = 0) -> tuple[int, int]:
-    """How far the heap reaches in the simulation and in a process, made to differ from others."""
-    told = json.dumps((ALIGNMENT, [(e.number, e.size_bytes) for e in events]))
+def reached(
+    events: list[Event], differing: int = 0, maps_large_blocks: bool = False
+) -> tuple[int, int]:
+    """What is resident at most in the simulation and in a process, made to differ from others."""
+    sizes = [(event.number, event.size_bytes) for event in events]
+    told = json.dumps((ALIGNMENT, sizes, maps_large_blocks))
     command = [sys.executable, "-c", SCRIPT + f"# {'x' * differing}"]
     run = subprocess.run(
         command,
@@ -225,12 +260,13 @@ def reached(events: list[Event], differing: int = 0) -> tuple[int, int]:
         text=True,
         check=True,
     )
-    return bare(events).reached, int(run.stdout)
+    mapped_from_bytes = MAPPED_FROM_BYTES if maps_large_blocks else KEPT_BYTES
+    return bare(events, mapped_from_bytes).reached, int(run.stdout)
 
 
-def bare(events: list[Event]) -> Heap:
+def bare(events: list[Event], mapped_from_bytes: int = KEPT_BYTES) -> Heap:
     """A heap after allocations of nothing but numbers."""
-    heap, places = Heap(), {}
+    heap, places = Heap(mapped_from_bytes=mapped_from_bytes), {}
     for event in events:
         if event.size_bytes < 0:
             heap.free(places.pop(event.number))
