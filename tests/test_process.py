@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from scalellm import process
-from scalellm.process import ENVIRONMENT, keep_freed_memory, set_environment
+from scalellm.process import ENVIRONMENT, keep_freed_memory, map_large_blocks, set_environment
 
 _FREED = """
 import resource
 import torch
-from scalellm.process import keep_freed_memory
-keep_freed_memory()
+from scalellm.process import keep_freed_memory, map_large_blocks
+{said}
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.empty(64 << 20, dtype=torch.uint8).fill_(0)
@@ -184,20 +184,39 @@ def lines_of(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 def test_freed_memory_is_used_again_unless_the_user_says_otherwise() -> None:
-    """64 MiB are 16,384 pages of 4 KiB."""
-    plain = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "THP_"))}
-
-    def faults(**settings: str) -> int:
-        command = [sys.executable, "-c", _FREED]
-        done = subprocess.run(
-            command, env={**plain, **settings}, capture_output=True, text=True, check=True
-        )
-        return int(done.stdout)
-
-    assert faults() < 100
+    assert _faults("keep_freed_memory()") < 100
     # 32 MiB: above it glibc maps, and gives back at once.
     limits = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(32 << 20)}
-    assert faults(**limits) > 10_000
+    assert _faults("keep_freed_memory()", **limits) > 10_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_large_blocks_come_anew_where_they_are_mapped_unless_the_user_says_otherwise() -> None:
+    told = "keep_freed_memory(); map_large_blocks()"
+    assert _faults(told) > 10_000
+    assert _faults(told, MALLOC_MMAP_THRESHOLD_=str(128 << 20)) < 100
+
+
+def _faults(said: str, **environment: str) -> int:
+    """Of one block of 64 MiB, which are 16,384 pages of 4 KiB."""
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "THP_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", _FREED.format(said=said)],
+        env=plain | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(done.stdout)
+
+
+def test_only_a_process_that_keeps_what_it_frees_maps_large_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Alone, the setting would leave the rest to limits that the library no longer raises."""
+    monkeypatch.setattr(process, "_keeps", False)
+    monkeypatch.setattr(process.ctypes, "CDLL", lambda name: pytest.fail("asked for"))
+    map_large_blocks()
 
 
 _TRIM, _MAP = -1, -3  # mallopt(3)
@@ -232,6 +251,7 @@ def test_what_this_c_library_takes(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(process.ctypes, "CDLL", lambda name: Library())
+    monkeypatch.setattr(process, "_keeps", False)  # puts back what it was, too
     keep_freed_memory()
     assert found == kept
 
