@@ -19,11 +19,11 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from scalellm.plan._bins import SMALL, Bins
 from scalellm.plan.allocator import GLOO, MIB, UNTOUCHED, Event, Recorded, What
 from scalellm.process import KEPT_BYTES
 
 _HEAD, _UNIT, _LEAST = 8, 16, 32  # of a chunk: what it has beside the caller's bytes, and sizes
-_SMALL = 1024  # chunks below lie in bins of one size each
 _FAST = 128  # the largest that is not joined with its neighbours when it is freed
 _FAST_JOINED_FROM = 64 << 10
 _GLOO_THREADS, _THREAD_HEAP = 2, 64 * MIB
@@ -85,7 +85,7 @@ class Heap:
         self._random = random.Random(seed)
         self._top = self._end = 0  # from `_top` on nothing was handed out
         self._used: dict[int, int] = {}  # sizes by address; also of what is fast
-        self._free = _Bins()
+        self._free = Bins()
         self._fast: dict[int, list[int]] = {}
         self._places: dict[int, int] = {}  # of a storage's bytes
         self._objects: dict[int, list[int]] = {}  # beside them
@@ -169,14 +169,14 @@ class Heap:
 
     def _take(self, size: int) -> int:
         address = self._of_its_size(size)
-        if address is None and size >= _SMALL:
+        if address is None and size >= SMALL:
             self._join_fast()
         while address is None:
             address = self._sorted_until(size)
             if address is None:
                 found = self._free.best_fit(size)
                 if found is not None:
-                    address = self._cut(found, size, leaves_rest=size < _SMALL)
+                    address = self._cut(found, size, leaves_rest=size < SMALL)
                 elif self._end - self._top >= size + _LEAST or not self._join_fast():
                     address = self._from_top(size)
         return address
@@ -186,7 +186,7 @@ class Heap:
         fast = self._fast.get(size)
         if fast:
             return fast.pop()
-        found = self._free.oldest(size) if size < _SMALL else None
+        found = self._free.oldest(size) if size < SMALL else None
         if found is not None:
             self._use(found)
         return found
@@ -198,7 +198,7 @@ class Heap:
             address = next(iter(free.unsorted))
             found = free.sizes[address]
             is_last_rest = address == free.last_rest and len(free.unsorted) == 1
-            if size < _SMALL and is_last_rest and found > size + _LEAST:
+            if size < SMALL and is_last_rest and found > size + _LEAST:
                 return self._cut(address, size, leaves_rest=True)
             if found != size:
                 free.sort(address)
@@ -270,77 +270,5 @@ class Heap:
         return any_of_them
 
 
-class _Bins:
-    """Free chunks: first in the order in which they were freed, later by size."""
-
-    def __init__(self) -> None:
-        self.sizes: dict[int, int] = {}
-        self.ends: dict[int, int] = {}  # address by the address after the chunk
-        self.unsorted: dict[int, None] = {}
-        self.last_rest: int | None = None
-        self._bins: dict[int, dict[int, list[int]]] = {}  # by bin, then by size
-        self._filled = 0  # a bit for each bin
-
-    def add(self, address: int, size: int) -> None:
-        self.sizes[address], self.ends[address + size] = size, address
-        self.unsorted[address] = None
-
-    def remove(self, address: int) -> int:
-        """Returns the size of what is no longer free."""
-        size = self.sizes.pop(address)
-        del self.ends[address + size]
-        if address in self.unsorted:
-            del self.unsorted[address]
-            return size
-        index = _bin(size)
-        same = self._bins[index][size]
-        same.remove(address)
-        if not same:
-            del self._bins[index][size]
-            if not self._bins[index]:
-                self._filled &= ~(1 << index)
-        return size
-
-    def sort(self, address: int) -> None:
-        del self.unsorted[address]
-        size = self.sizes[address]
-        index = _bin(size)
-        same = self._bins.setdefault(index, {}).setdefault(size, [])
-        same.insert(0 if size < _SMALL else 1, address)  # the first of a large size stays first
-        self._filled |= 1 << index
-
-    def oldest(self, size: int) -> int | None:
-        """Of chunks of this small size, sorted."""
-        same = self._bins.get(_bin(size), {}).get(size)
-        return same[-1] if same else None
-
-    def best_fit(self, size: int) -> int | None:
-        """The smallest sorted chunk that is large enough."""
-        index = _bin(size)
-        fitting = [found for found in self._bins.get(index, ()) if found >= size]
-        if fitting and size >= _SMALL:
-            same = self._bins[index][min(fitting)]
-            return same[min(1, len(same) - 1)]
-        larger = self._filled >> (index + 1)
-        if not larger:
-            return None
-        index += (larger & -larger).bit_length()
-        same = self._bins[index][min(self._bins[index])]
-        return same[-1]
-
-
 def _chunk(size_bytes: int) -> int:
     return max(_LEAST, -(-(size_bytes + _HEAD) // _UNIT) * _UNIT)
-
-
-# Above _SMALL: the most that a bin's number counts to, in units of so many bits, from where.
-_STEPS = ((48, 6, 48), (20, 9, 91), (10, 12, 110), (4, 15, 119), (2, 18, 124))
-
-
-def _bin(size: int) -> int:
-    if size < _SMALL:
-        return size >> 4
-    for most, bits, first in _STEPS:
-        if size >> bits <= most:
-            return first + (size >> bits)
-    return 126
