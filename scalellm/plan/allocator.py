@@ -12,7 +12,6 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 MIB = 1 << 20
 _ROUND = 512
@@ -25,26 +24,13 @@ _OWN_SEGMENT = 10 * MIB  # from here on a segment holds one allocation, rounded 
 GLOO, UNTOUCHED = "gloo", "untouched"
 
 
-What = Literal["bytes", "storage", "tensor", "view", "gone", "graph gone"]
-Recorded = Literal["", "forward", "again"]
-
-
 @dataclass(frozen=True)
 class Event:
-    """An allocation (`size_bytes` > 0) or the free of it; `stream` is whose memory it takes.
-
-    Of no size: the small objects beside a storage's bytes, or their end. They are made before the
-    bytes (storage) and after them (tensor), and stay until the storage is gone, although its bytes
-    may come and go before. `recorded`: autograd keeps how it came about, in the graph of a forward
-    or of a checkpointed block that is computed again; "graph gone" says which has ended, and so
-    have the views (view) in it.
-    """
+    """An allocation (`size_bytes` > 0) or the free of it; `stream` is whose memory it takes."""
 
     number: int
     size_bytes: int
     stream: str = "compute"
-    what: What = "bytes"
-    recorded: Recorded = ""
 
 
 def reserved_bytes(events: Iterable[Event], *, expandable: bool = False) -> int:

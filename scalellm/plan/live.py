@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scalellm.plan.allocator import GLOO, UNTOUCHED, Event, Recorded, What
+from scalellm.plan.allocator import GLOO, UNTOUCHED, Event
 from scalellm.plan.types import CollectiveKind
 
 Kind = Literal["parameters", "optimizer", "gradients", "buffers", "activations", "temporary"]
@@ -63,13 +63,6 @@ class _Change:
 
 
 @dataclass(frozen=True)
-class _Objects:
-    number: int
-    what: What
-    recorded: Recorded = ""
-
-
-@dataclass(frozen=True)
 class Segment:
     """What happened from one mark to the next, in bytes by kind relative to its start.
 
@@ -101,16 +94,13 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, *, gloo: bool = False) -> None:
         super().__init__()
         self._gloo = gloo
-        self._log: list[_Change | _Objects | Traffic | str] = []
+        self._log: list[_Change | Traffic | str] = []
         self._sizes: dict[int, int] = {}
         self._numbers: dict[int, int] = {}  # a storage's address, while it lives, to its number
         self._watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._kinds: dict[int, Kind] = {}
         self._last_number = 0
         self._streams: dict[int, str] = {}  # of what is not the computing's
-        self._recording: Recorded = ""  # where the last operation was
-        self._graphs: set[Recorded] = set()  # that there are
-        self._was_backward = False
         self._added = _Sum()
 
     # -- what is seen -----------------------------------------------------------------------
@@ -118,8 +108,6 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "prim":  # a question
             return func(*args, **(kwargs or {}))
-        known = self._last_number
-        self._follow_graphs(func, (args, kwargs))
         result = func(*args, **(kwargs or {}))
         begin = len(self._log)
         self.add(result)
@@ -127,48 +115,15 @@ class LiveBytes(TorchDispatchMode):
         if func is torch.ops.aten.add.Tensor and _is_called_by_engine():
             of = frozenset(self._number_of(tensor) for tensor in _with_memory(args))
             self._added = _Sum(begin, local_of(result).untyped_storage()._cdata, of)
-        if self._last_number == known:
-            self._add_views(result)
         name = func._schema.name
         if "c10d" in name.partition("::")[0]:
             self._add_collective(name.partition("::")[2], (args, kwargs, result))
         return result
 
-    def _follow_graphs(self, func: Any, values: Any) -> None:
-        """Notes that a backward has ended, or a block was computed again: so has its graph."""
-        is_kept = func is torch.ops.aten.detach.default  # for the backward, while it goes on
-        is_backward = int(torch._C._current_graph_task_id()) != -1
-        is_again = is_backward and torch.is_grad_enabled()
-        ended: dict[Recorded, bool] = {
-            "again": not is_again and not is_kept,
-            "forward": self._was_backward and not is_backward,
-        }
-        self._recording = ""
-        if torch.is_grad_enabled() and any(one.requires_grad for one in _with_memory(values)):
-            self._recording = "again" if is_again else "forward"
-        for graph, has_ended in ended.items():
-            if has_ended and graph in self._graphs:
-                self._graphs.remove(graph)
-                self._log.append(_Objects(0, "graph gone", graph))
-        self._was_backward = is_backward
-
     def add(self, tensors: Any) -> None:
         """Begins to count the storages of tensors, in any nesting."""
         for tensor in _with_memory(tensors):
             self._number_of(tensor)
-
-    def _add_views(self, result: Any) -> None:
-        """Notes tensors that are new and their numbers not: objects, but no memory to speak of.
-
-        Without a graph that keeps them they are gone in a moment.
-        """
-        for tensor in _with_memory(result) if self._recording else ():
-            self._add_objects(self._number_of(tensor), "view")
-
-    def _add_objects(self, number: int, what: What) -> None:
-        if self._recording:
-            self._graphs.add(self._recording)
-        self._log.append(_Objects(number, what, self._recording))
 
     @contextmanager
     def watching_resizes(self) -> Iterator[None]:
@@ -196,10 +151,7 @@ class LiveBytes(TorchDispatchMode):
             self._last_number += 1
             number = self._numbers[address] = self._last_number
             self._sizes[number] = 0
-            self._add_objects(number, "storage")
             self._change(number, storage.nbytes())
-            self._add_objects(number, "tensor")
-
             self._watches[address] = weakref.ref(storage, lambda _: self._freed(address))
         return self._numbers[address]
 
@@ -209,7 +161,6 @@ class LiveBytes(TorchDispatchMode):
         if number in self._added.of and self._becomes_the_sum(number):
             return
         self._change(number, -self._sizes[number])
-        self._log.append(_Objects(number, "gone"))
 
     def _becomes_the_sum(self, number: int) -> bool:
         """Whether a gradient that was added to another is where the sum lies.
@@ -310,9 +261,6 @@ class LiveBytes(TorchDispatchMode):
         sizes: dict[int, int] = {}
         found = []
         for entry in self._log:
-            if isinstance(entry, _Objects):
-                stream = self._streams.get(entry.number, "compute")
-                found.append(Event(entry.number, 0, stream, entry.what, entry.recorded))
             if not isinstance(entry, _Change):
                 continue
             stream = self._streams.get(entry.number, "compute")

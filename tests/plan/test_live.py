@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,18 +58,6 @@ def test_what_gloo_gathers_by_copies_is_in_the_events_of_a_step(
     assert sum(event.size_bytes for event in events if is_gather(event)) == times * step_bytes
 
 
-@pytest.mark.parametrize(("checkpointing", "again"), [("none", 0), ("full", 2 * 3)])
-def test_a_graph_ends_with_its_backward_and_a_blocks_second_one_with_the_block(
-    checkpointing: str, again: int
-) -> None:
-    """Two blocks, three steps of one micro-batch."""
-    shape = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "vocab_size": 512, "seq_len": 16}
-    train = {"global_batch_size": 1, "activation_checkpointing": checkpointing}
-    _, events = record_events(parse_config({"model": shape, "train": train}), 1, "cpu")
-    ended = Counter(event.recorded for event in events if event.what == "graph gone")
-    assert ended == Counter({"forward": 3, "again": again})
-
-
 @pytest.mark.parametrize("uses", [2, 3])
 def test_gradients_that_meet_are_added_where_one_of_them_lies(uses: int) -> None:
     """A watched backward adds them apart; what torch's own profiler sees is the truth."""
@@ -96,21 +83,6 @@ def test_gradients_that_meet_are_added_where_one_of_them_lies(uses: int) -> None
         watched = [event.size_bytes for event in live.events()[known:]]
     whole = 4 * elements
     assert watched.count(whole) == sizes.count(whole) == uses + 1
-
-
-def test_a_storage_stays_while_its_bytes_come_and_go() -> None:
-    """As FSDP's gathered weights."""
-    shape = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "vocab_size": 512, "seq_len": 16}
-    train = {"global_batch_size": 2, "micro_batch_size": 1}
-    made = parse_config({"model": shape, "strategy": {"name": "fsdp"}, "train": train})
-    _, events = record_events(made, 2, "cpu")
-    allocated = Counter(event.number for event in events if event.size_bytes > 0)
-    storages = Counter(event.number for event in events if event.what == "storage")
-    assert max(allocated.values()) > 3
-    assert set(storages.values()) == {1}
-    for number in allocated:
-        told = [event.what for event in events if event.number == number]
-        assert "gone" not in told[:-1]
 
 
 def test_what_lies_on_meta_has_no_memory_even_beside_fake_tensors() -> None:
