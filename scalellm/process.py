@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 import sys
@@ -134,34 +135,39 @@ def map_large_blocks() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MAPPED_FROM_BYTES)
 
 
-# Sizes with what the library has beside, and how many blocks of each: four times what a decoder of
-# 6 blocks had alive, under FSDP or DeepSpeed, whichever had more (5 MiB in all).
-_STOCK = {32: 10_000, 48: 2_600, 64: 300, 80: 300, 96: 300, 112: 2_800, 144: 200, 192: 4_300}
-_STOCK |= {272: 250, 320: 1_000, 480: 520, 496: 800, 528: 370, 544: 600, 656: 400, 752: 240}
-_STOCK |= {784: 250, 976: 160}
-_STOCK_OF_OTHERS = 64
-_SMALL_BYTES, _UNIT_BYTES, _HEAD_BYTES = 1024, 16, 8
+# How many free blocks of each size in bytes, with what the library has beside: about four times
+# what a decoder of 6 blocks had alive, under FSDP or DeepSpeed, whichever had more.
+_STOCK = {
+    **dict.fromkeys(range(32, 1024, 16), 64),
+    **{32: 10_000, 48: 2_600, 64: 300, 80: 300, 96: 300, 112: 2_800, 144: 200, 192: 4_300},
+    **{272: 250, 320: 1_000, 480: 520, 496: 800, 528: 370, 544: 600, 656: 400, 752: 240},
+    **{784: 250, 976: 160},
+}
+_HEAD_BYTES = 8
 
 
 def stock_small_blocks() -> None:
-    """Has small objects lie among each other from here on, and not between tensors.
+    """Has small objects lie among each other from here on, and not between tensors; takes 7 MiB.
 
-    Torch asks for aligned blocks. What glibc cuts off in front of one and behind it, it gives to
-    small objects; where these outlive the tensor, its place is too small for the next tensor of its
-    size. So here are places of their own: blocks of each size, with used ones between them so that
-    none are joined. What was freed last, as what is cut off, is not handed out first any more, so
-    it is still there when its tensor is freed, and joined with it. Worth up to a fifth of a CPU's
-    heap, and most of what was left to chance (docs/log.md). Only after `keep_freed_memory`.
+    Torch asks for aligned blocks, and glibc gives small objects what it cuts off in front of one
+    and behind it. Where they outlive the tensor, its place is too small for the next one of its
+    size. So here are places for them: blocks of each size, kept apart by used ones. And what was
+    freed last is not handed out first any more (glibc's fast bins): what was cut off is still there
+    when its tensor is freed, and is joined with it. Worth up to a fifth of a CPU's memory, and all
+    that was left to chance (docs/log.md). Does nothing unless `keep_freed_memory` did.
     """
-    if not _keeps or _is_chosen("mxfast"):
-        return
+    if _keeps and not _is_chosen("mxfast"):
+        _stock_once()
+
+
+@functools.cache
+def _stock_once() -> None:
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.free.argtypes = [ctypes.c_void_p]
+    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
     libc.mallopt(_M_MXFAST, 0)
-    sizes = range(2 * _UNIT_BYTES, _SMALL_BYTES, _UNIT_BYTES)
     blocks = []
-    for size_bytes, count in (dict.fromkeys(sizes, _STOCK_OF_OTHERS) | _STOCK).items():
+    for size_bytes, count in _STOCK.items():
         for _ in range(count):
             blocks.append(libc.malloc(size_bytes - _HEAD_BYTES))
             libc.malloc(_HEAD_BYTES)  # stays

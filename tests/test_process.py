@@ -219,6 +219,29 @@ def test_only_a_process_that_keeps_what_it_frees_maps_large_blocks(
     map_large_blocks()
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's")
+def test_the_stock_is_laid_in_once_and_only_where_freed_memory_is_kept() -> None:
+    """What lies in it is free; `mallinfo` tells how much of the heap is."""
+    code = """
+import ctypes
+from scalellm import process
+libc = ctypes.CDLL(None)
+libc.mallinfo.restype = type("Counts", (ctypes.Structure,), {"_fields_": [
+    (str(n), ctypes.c_int) for n in range(10)]})
+def free_blocks():
+    process.stock_small_blocks()
+    return getattr(libc.mallinfo(), "1")
+print(free_blocks())
+process.keep_freed_memory()
+print(free_blocks(), free_blocks(), sum(process._STOCK.values()))
+"""
+    run = [sys.executable, "-c", code]
+    none, *several = map(int, subprocess.check_output(run, text=True).split())
+    once, again, stocked = several
+    assert once - none > 0.9 * stocked
+    assert abs(again - once) < 0.1 * stocked
+
+
 _TRIM, _MAP = -1, -3  # mallopt(3)
 
 
