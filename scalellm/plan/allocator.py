@@ -20,8 +20,9 @@ _SMALL_SEGMENT, _SEGMENT = 2 * MIB, 20 * MIB
 _OWN_SEGMENT = 10 * MIB  # from here on a segment holds one allocation, rounded to 2 MiB
 
 
-# Streams on a CPU: of a thread of gloo's own, and what is asked for and never written to.
-GLOO, UNTOUCHED = "gloo", "untouched"
+# Streams on a CPU: of a thread of gloo's own, what is asked for and never written to, and what a
+# library of products keeps.
+GLOO, UNTOUCHED, LIBRARY = "gloo", "untouched", "library"
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,6 @@ def reserved_bytes(events: Iterable[Event], *, expandable: bool = False) -> int:
     pools: dict[tuple[str, bool], _Pool] = {}
     places: dict[int, tuple[_Pool, int]] = {}
     for event in events:
-        if event.size_bytes == 0:
-            continue
         if event.size_bytes < 0:
             pool, start = places.pop(event.number)
             pool.free(start)

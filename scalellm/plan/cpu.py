@@ -9,39 +9,45 @@ import itertools
 
 from scalellm import strategies
 from scalellm.config import Config
+from scalellm.plan._packed import packed_bytes
 from scalellm.plan._ranks import ranks_of
 from scalellm.plan._record import engine_runs_dry, has_pipeline, is_deepspeed
-from scalellm.plan.allocator import MIB
+from scalellm.plan.allocator import LIBRARY, MIB
 from scalellm.plan.heap import heap_bytes
 from scalellm.plan.memory import events_of
 from scalellm.plan.types import Memory
 from scalellm.process import KEPT_BYTES, MAPPED_FROM_BYTES
 
-# Pages of libraries that the first step touches (15 to 20 MiB), and what MKL packs matrices into
-# and keeps (24 to 41 MiB, more for larger ones): the median of what 176 runs took above their heap
-# as simulated (docs/planning.md).
-_PROCESS_BYTES = 55 * MIB
+# Pages of libraries that the first step touches, and small objects: the median of what 176 runs
+# took above their heap as simulated (docs/planning.md).
+_PROCESS_BYTES = 14 * MIB
 
 _HOLES: dict[str, float] = {}
 
 
 def beside_tensors(config: Config, world_size: int, memory: Memory) -> int:
     """Returns the bytes to add to a prediction made for a CPU: what is loaded, and holes."""
-    return _PROCESS_BYTES + _hole_bytes(config, world_size, memory)
+    return _PROCESS_BYTES + _heap_bytes(config, world_size, memory)
 
 
-def _hole_bytes(config: Config, world_size: int, memory: Memory) -> int:
-    """What the heap reaches beyond the tensors' peak; 0 for a strategy that cannot run dry."""
-    if config.strategy.name not in strategies.names():
-        return 0
-    if is_deepspeed(config) and not engine_runs_dry(config, world_size):
-        return 0
-    if config.strategy.name == "parallel" and has_pipeline(ranks_of(config, world_size).options):
-        return 0  # measured: 2 to 10% too much without any, twice as much with those simulated
+def _heap_bytes(config: Config, world_size: int, memory: Memory) -> int:
+    """What the heap reaches beyond the tensors' peak; without a simulation, what libraries keep."""
+    if not _is_simulated(config, world_size):
+        return packed_bytes(config.model.hidden_size)
     key, events_of_step = events_of(config, world_size)
     if key not in _HOLES:
         events = events_of_step()
-        peak_bytes = max(itertools.accumulate(event.size_bytes for event in events))
         heap = heap_bytes(events, MAPPED_FROM_BYTES if is_deepspeed(config) else KEPT_BYTES)
-        _HOLES[key] = heap / peak_bytes - 1
+        tensors = (event.size_bytes for event in events if event.stream != LIBRARY)
+        _HOLES[key] = heap / max(itertools.accumulate(tensors)) - 1
     return max(0, int(_HOLES[key] * memory.peak_bytes))
+
+
+def _is_simulated(config: Config, world_size: int) -> bool:
+    if config.strategy.name not in strategies.names():
+        return False
+    if is_deepspeed(config):
+        return engine_runs_dry(config, world_size)
+    # Of a pipeline, measured: 2 to 10% too much without holes, twice as much with those simulated.
+    parallel = config.strategy.name == "parallel"
+    return not (parallel and has_pipeline(ranks_of(config, world_size).options))

@@ -1,12 +1,12 @@
 """What a process on a CPU grows by for a sequence of allocations and frees: glibc's heap.
 
 Torch asks the C library for every tensor, and `process.keep_freed_memory` has it serve all of them
-from one heap that only ever grows: what is resident is how far the heap has reached, holes and all,
-and beside it what `process.map_large_blocks` has the library ask the system for, block by block.
-Small objects lie elsewhere (`process.stock_small_blocks`). The rules are those of glibc 2.36
-(malloc/malloc.c; 2.26 to 2.42 differ in nothing that is seen here), in their own numbers, to the
-byte, for the thread that allocates, without a cache of its own (`process.begin_anew`) and without
-fast bins; the alignment is torch's (c10/core/impl/alloc_cpu.cpp).
+from one heap, which grows: what is resident is how far it has reached, holes and all, and beside it
+what `process.map_large_blocks` has the library ask the system for, block by block. Small objects
+lie elsewhere (`process.stock_small_blocks`). The rules are those of glibc 2.36 (malloc/malloc.c;
+from 2.39 on it also frees the least of what it cuts off), in their own numbers, to the byte, for
+the thread that allocates, without a cache of its own (`process.begin_anew`) and without fast bins;
+the alignment is torch's (c10/core/impl/alloc_cpu.cpp).
 """
 
 from __future__ import annotations
@@ -23,30 +23,37 @@ _HEAD, _UNIT, _LEAST = 8, 16, 32  # of a chunk: what it has beside the caller's 
 _GLOO_THREADS, _THREAD_HEAP = 2, 64 * MIB
 _PAGE, _PAD = 4096, 128 << 10  # what the heap is extended by, and how much more than was asked
 ALIGNMENT = 64  # of a tensor
+_STARTS = (0, 32)
 
 
 def heap_bytes(events: Sequence[Event], mapped_from_bytes: int = KEPT_BYTES) -> int:
     """Returns the most that was resident during all of them, beginning with an empty heap.
 
-    Blocks of `mapped_from_bytes` and more lie outside, unless the heap has room (`process`).
+    Blocks of `mapped_from_bytes` and more lie outside, unless the heap has room (`process`). How a
+    process's heap stands to the alignment before is not known, and decides whether what is cut off
+    behind a tensor is large enough to be freed: this is the mean of both.
     """
-    heap = Heap(mapped_from_bytes)
-    # Smaller ones lie in the stock.
-    heap.play(one for one in events if one.stream != GLOO and abs(one.size_bytes) >= SMALL)
-    return heap.reached + _gloo_bytes(events)
+    own = [event for event in events if event.stream != GLOO]
+    heaps = [Heap(mapped_from_bytes, start) for start in _STARTS]
+    for heap in heaps:
+        heap.play(own)
+    reached = sum(heap.reached for heap in heaps) // len(heaps)
+    return reached + _gloo_bytes(events, mapped_from_bytes)
 
 
-def _gloo_bytes(events: Sequence[Event]) -> int:
+def _gloo_bytes(events: Sequence[Event], mapped_from_bytes: int) -> int:
     """What the threads of gloo hold, which take turns, each in heaps of its own of 64 MiB.
 
-    They keep the first of these. What is larger than one comes from the system, and goes back.
+    They keep the first of these. What is larger than one, or than what is mapped, comes from the
+    system, and goes back.
     """
+    most_bytes = min(_THREAD_HEAP, mapped_from_bytes)
     threads = [Heap() for _ in range(_GLOO_THREADS)]
     turns = itertools.cycle(threads)
     largest_bytes = 0
     for event in events:
         if event.stream == GLOO and event.size_bytes > 0:
-            if event.size_bytes > _THREAD_HEAP:
+            if event.size_bytes > most_bytes:
                 largest_bytes = max(largest_bytes, event.size_bytes)
             else:
                 next(turns).play([event, replace(event, size_bytes=-event.size_bytes)])
@@ -56,13 +63,13 @@ def _gloo_bytes(events: Sequence[Event]) -> int:
 class Heap:
     """One heap and its only thread; `reached` is the most that was resident."""
 
-    def __init__(self, mapped_from_bytes: int = KEPT_BYTES) -> None:
+    def __init__(self, mapped_from_bytes: int = KEPT_BYTES, start: int = 0) -> None:
         self.reached = 0
         self._mapped_from_bytes = mapped_from_bytes
         self._highest = 0  # address that was in use
         self._mapped: dict[int, int] = {}  # what is resident of blocks outside, by address
         self._maps = 0
-        self._top = self._end = 0  # from `_top` on nothing was handed out
+        self._top = self._end = start  # from `_top` on nothing was handed out
         self._used: dict[int, int] = {}  # sizes by address
         self._free = Bins()
         self._places: dict[int, int] = {}  # of a storage's bytes
@@ -126,22 +133,21 @@ class Heap:
 
     @property
     def used_bytes(self) -> int:
-        """What is handed out now, with what each chunk has beside."""
+        """What is handed out of the heap itself, with what each chunk has beside."""
         return sum(self._used.values())
 
     # -- where it finds a chunk -------------------------------------------------------------
 
     def _take(self, size: int) -> int:
         address = self._of_its_size(size)
-        while address is None:
+        if address is None:
             address = self._sorted_until(size)
-            if address is None:
-                found = self._free.best_fit(size)
-                if found is not None:
-                    address = self._cut(found, size, leaves_rest=size < SMALL)
-                else:
-                    address = self._from_top(size)
-        return address
+        if address is not None:
+            return address
+        found = self._free.best_fit(size)
+        if found is not None:
+            return self._cut(found, size, leaves_rest=size < SMALL)
+        return self._from_top(size)
 
     def _of_its_size(self, size: int) -> int | None:
         """What was freed of exactly this small size."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scalellm.plan.allocator import GLOO, UNTOUCHED, Event
+from scalellm.plan.allocator import GLOO, LIBRARY, UNTOUCHED, Event
 from scalellm.plan.types import CollectiveKind
 
 Kind = Literal["parameters", "optimizer", "gradients", "buffers", "activations", "temporary"]
@@ -36,6 +36,8 @@ KINDS: tuple[Kind, ...] = (
     "activations",
     "temporary",
 )
+Packed = Mapping[Literal["forward", "backward"], Sequence[int]]
+_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
 _COLLECTIVES: dict[str, CollectiveKind] = {
     "allgather": "all_gather",
     "all_gather": "all_gather",
@@ -60,6 +62,11 @@ class Traffic:
 class _Change:
     number: int
     change_bytes: int
+
+
+@dataclass(frozen=True)
+class _Kept:
+    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -88,13 +95,17 @@ class _Sum:
 class LiveBytes(TorchDispatchMode):
     """A log of what is allocated and freed, in bytes; inside `FakeTensorMode`, enter it last.
 
-    `gloo`: also what gloo, the library between CPUs, would take for a collective and give back.
+    Args:
+        gloo: also what gloo, the library between CPUs, would take for a collective and give back.
+        packed: what a CPU's library of products takes and keeps, in bytes, at the first product of
+            a forward and of a backward. It is no tensor's: only `events` has it.
     """
 
-    def __init__(self, *, gloo: bool = False) -> None:
+    def __init__(self, *, gloo: bool = False, packed: Packed | None = None) -> None:
         super().__init__()
         self._gloo = gloo
-        self._log: list[_Change | Traffic | str] = []
+        self._packed = dict(packed or {})
+        self._log: list[_Change | _Kept | Traffic | str] = []
         self._sizes: dict[int, int] = {}
         self._numbers: dict[int, int] = {}  # a storage's address, while it lives, to its number
         self._watches: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -115,6 +126,10 @@ class LiveBytes(TorchDispatchMode):
         if func is torch.ops.aten.add.Tensor and _is_called_by_engine():
             of = frozenset(self._number_of(tensor) for tensor in _with_memory(args))
             self._added = _Sum(begin, local_of(result).untyped_storage()._cdata, of)
+        if func.overloadpacket in _PRODUCTS:
+            is_backward = int(torch._C._current_graph_task_id()) != -1
+            kept = self._packed.pop("backward" if is_backward else "forward", ())
+            self._log += map(_Kept, kept)
         name = func._schema.name
         if "c10d" in name.partition("::")[0]:
             self._add_collective(name.partition("::")[2], (args, kwargs, result))
@@ -260,7 +275,9 @@ class LiveBytes(TorchDispatchMode):
         """Returns all allocations and frees from the beginning, for `allocator.reserved_bytes`."""
         sizes: dict[int, int] = {}
         found = []
-        for entry in self._log:
+        for index, entry in enumerate(self._log):
+            if isinstance(entry, _Kept):
+                found.append(Event(-index, entry.size_bytes, LIBRARY))
             if not isinstance(entry, _Change):
                 continue
             stream = self._streams.get(entry.number, "compute")

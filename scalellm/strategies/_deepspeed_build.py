@@ -61,8 +61,12 @@ def import_deepspeed(world: World, *, join: bool = True) -> Any:
 
 
 def load_deepspeed(world: World) -> None:
-    """Imports the package and what an engine imports when made, torch's compiler above all."""
-    process.map_large_blocks()
+    """Imports the package and what an engine imports when made, torch's compiler above all.
+
+    And prepares a CPU's heap for an engine, for good: before there is anything large in it.
+    """
+    if world.device.type == "cpu":
+        process.map_large_blocks()
     import_deepspeed(world, join=False)
     with suppress(ModuleNotFoundError):  # not in every version
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")

@@ -91,7 +91,8 @@ def run_training(
         stack.callback(strategy.close)
         strategy.load_libraries()
         stack.enter_context(process.collecting_when_told(freezing=True))
-        process.stock_small_blocks()
+        if world.device.type == "cpu":
+            process.stock_small_blocks()
         run = _build(config, world, strategy, plan, mixture, folder, source, memory, stack)
         _announce(run, plan, mixture, source, world)
         launched.tell("started", step=run.step, world_size=world.world_size)
