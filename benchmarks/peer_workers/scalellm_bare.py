@@ -11,7 +11,7 @@ from _worker import Gate, Task
 
 from scalellm.config import ModelConfig, TrainConfig
 from scalellm.model import Decoder, count_parameters, flops_per_token
-from scalellm.process import keep_freed_memory
+from scalellm.process import keep_freed_memory, stock_small_blocks
 from scalellm.products import fast_fp32
 from scalellm.strategies._norm import norm_of
 from scalellm.strategies._transforms import apply_transforms
@@ -20,6 +20,7 @@ from scalellm.train.optimizer import make_adamw
 
 def main() -> None:
     keep_freed_memory()
+    stock_small_blocks()
     with fast_fp32():
         _train(Task.read())
 

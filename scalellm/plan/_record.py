@@ -24,7 +24,7 @@ from scalellm.plan._fakes import (
     replaced_parameters,
     told_pipelines,
 )
-from scalellm.plan._packed import packed
+from scalellm.plan._packed import Packing
 from scalellm.plan._ranks import ranks_of
 from scalellm.plan._steps import STEP, Step
 from scalellm.plan._zero_steps import ZeroStep, answering, can_run_dry, dry_options
@@ -77,7 +77,7 @@ def _record(
     sharding = strategy_class.sharding(options, world, config.train)
     away: Any = sharding.offloaded if device_type != "cpu" else frozenset()
     is_cpu = device_type == "cpu"
-    live = LiveBytes(gloo=is_cpu, packed=packed(config.model.hidden_size) if is_cpu else None)
+    live = LiveBytes(gloo=is_cpu, packing=Packing() if is_cpu else None)
     model = _meta_model(config)
     with ExitStack() as stack:
         stack.enter_context(collecting_when_told())

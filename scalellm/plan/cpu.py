@@ -6,11 +6,12 @@ Figures of torch 2.13 on Linux with glibc, above the size a process has before i
 from __future__ import annotations
 
 import itertools
+from typing import cast
 
 from scalellm import strategies
 from scalellm.config import Config
-from scalellm.plan._packed import packed_bytes
-from scalellm.plan._ranks import ranks_of
+from scalellm.plan._packed import Packing
+from scalellm.plan._ranks import batches_of, ranks_of
 from scalellm.plan._record import engine_runs_dry, has_pipeline, is_deepspeed
 from scalellm.plan.allocator import LIBRARY, MIB
 from scalellm.plan.heap import heap_bytes
@@ -20,7 +21,7 @@ from scalellm.process import KEPT_BYTES, MAPPED_FROM_BYTES
 
 # Pages of libraries that the first step touches, and small objects: the median of what 176 runs
 # took above their heap as simulated (docs/planning.md).
-_PROCESS_BYTES = 14 * MIB
+_PROCESS_BYTES = 16 * MIB
 
 _HOLES: dict[str, float] = {}
 
@@ -33,7 +34,7 @@ def beside_tensors(config: Config, world_size: int, memory: Memory) -> int:
 def _heap_bytes(config: Config, world_size: int, memory: Memory) -> int:
     """What the heap reaches beyond the tensors' peak; without a simulation, what libraries keep."""
     if not _is_simulated(config, world_size):
-        return packed_bytes(config.model.hidden_size)
+        return _packed_bytes(config, world_size)
     key, events_of_step = events_of(config, world_size)
     if key not in _HOLES:
         events = events_of_step()
@@ -51,3 +52,18 @@ def _is_simulated(config: Config, world_size: int) -> bool:
     # Of a pipeline, measured: 2 to 10% too much without holes, twice as much with those simulated.
     parallel = config.strategy.name == "parallel"
     return not (parallel and has_pipeline(ranks_of(config, world_size).options))
+
+
+def _packed_bytes(config: Config, world_size: int) -> int:
+    """What products of a decoder's sizes have their library keep."""
+    model, packing = config.model, Packing()
+    rows = batches_of(config, world_size).micro_batch_size * model.seq_len
+    hidden = model.hidden_size
+    for columns in (
+        hidden,
+        hidden,
+        model.mlp_size,
+        cast(int, model.vocab_size),
+    ):
+        packing.multiply(rows, hidden, columns)
+    return packing.kept_bytes

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from scalellm.plan._packed import Packing
 from scalellm.plan.allocator import GLOO, LIBRARY, UNTOUCHED, Event
 from scalellm.plan.types import CollectiveKind
 
@@ -36,7 +37,6 @@ KINDS: tuple[Kind, ...] = (
     "activations",
     "temporary",
 )
-Packed = Mapping[Literal["forward", "backward"], Sequence[int]]
 _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
 _COLLECTIVES: dict[str, CollectiveKind] = {
     "allgather": "all_gather",
@@ -97,14 +97,14 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         gloo: also what gloo, the library between CPUs, would take for a collective and give back.
-        packed: what a CPU's library of products takes and keeps, in bytes, at the first product of
-            a forward and of a backward. It is no tensor's: only `events` has it.
+        packing: what a CPU's library of matrix products takes and keeps. It is no tensor's: only
+            `events` has it.
     """
 
-    def __init__(self, *, gloo: bool = False, packed: Packed | None = None) -> None:
+    def __init__(self, *, gloo: bool = False, packing: Packing | None = None) -> None:
         super().__init__()
         self._gloo = gloo
-        self._packed = dict(packed or {})
+        self._packing = packing
         self._log: list[_Change | _Kept | Traffic | str] = []
         self._sizes: dict[int, int] = {}
         self._numbers: dict[int, int] = {}  # a storage's address, while it lives, to its number
@@ -126,10 +126,11 @@ class LiveBytes(TorchDispatchMode):
         if func is torch.ops.aten.add.Tensor and _is_called_by_engine():
             of = frozenset(self._number_of(tensor) for tensor in _with_memory(args))
             self._added = _Sum(begin, local_of(result).untyped_storage()._cdata, of)
-        if func.overloadpacket in _PRODUCTS:
-            is_backward = int(torch._C._current_graph_task_id()) != -1
-            kept = self._packed.pop("backward" if is_backward else "forward", ())
-            self._log += map(_Kept, kept)
+        if self._packing and func.overloadpacket in _PRODUCTS:
+            left, right = args[-2:]
+            rows, inner = left.shape[-2:]
+            taken_bytes = self._packing.multiply(rows, inner, right.shape[-1])
+            self._log += [_Kept(taken_bytes)] if taken_bytes else []
         name = func._schema.name
         if "c10d" in name.partition("::")[0]:
             self._add_collective(name.partition("::")[2], (args, kwargs, result))

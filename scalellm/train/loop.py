@@ -115,7 +115,7 @@ def _train_step(run: Run, stop: StopSignal) -> tuple[Row, bool]:
             loss = strategy.forward(micro_batch)
             clock.lap("forward_s")
             strategy.backward(loss, divisor)
-        loss = loss.detach()  # its graph is many small objects, between which memory is in pieces
+        loss = loss.detach()  # its graph goes now, and not at the end of the step
         loss_sum += loss
         if micro_batch.row_losses is not None:
             of_mixture.append(micro_batch)
