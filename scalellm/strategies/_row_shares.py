@@ -98,12 +98,18 @@ class RowShares:
             mine = self._shares[parameter].detach().flatten()
             part[: mine.numel()].copy_(mine)
         _gather_in_place(gathered, rank)
-        for other, whole in enumerate(gathered):
-            if other == rank:
-                continue
-            for parameter, part in zip(bucket, whole.split(sizes), strict=True):
-                rows = self._rows(parameter, other)
-                rows.copy_(part[: rows.numel()].view_as(rows))
+        for parameter, parts in zip(bucket, gathered.split(sizes, dim=1), strict=True):
+            self._fill(parameter.detach(), parts)
+
+    def _fill(self, whole: Tensor, parts: Tensor) -> None:
+        """Writes all ranks' rows, one to a row of `parts`, in two copies however many there are."""
+        each = -(-whole.shape[0] // self._world.world_size)
+        full, rest = divmod(whole.shape[0], each)
+        rows = whole[: full * each].unflatten(0, (full, each))
+        rows.copy_(parts[:full].unflatten(1, rows.shape[1:]))
+        if rest:
+            last = whole[full * each :]
+            last.copy_(parts[full, : last.numel()].view_as(last))
 
     def _buckets(self) -> Iterator[list[nn.Parameter]]:
         bucket: list[nn.Parameter] = []

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scalellm.config import ModelConfig
 from scalellm.dist import World, detect
 from scalellm.errors import ConfigError
 from scalellm.model import count_parameters
 from scalellm.parity import Task, build, train_steps
+from scalellm.plan._fakes import fake_group
 from scalellm.strategies._row_shares import RowShares
 
 MODEL = ModelConfig(
@@ -73,6 +76,35 @@ def test_all_ranks_end_with_all_rows(
         assert at_once["odd"] == [1] * 6 + [2] * 6 + [3] * 6 + [4] * 3
         assert at_once["few"] == [1] * 5 + [2] * 5
         assert at_once["frozen"] == [9] * 4
+
+
+class Operations(TorchDispatchMode):
+    """What torch was asked to do, but for what a process group does by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [64, 60])
+def test_what_is_launched_does_not_grow_with_the_ranks(rows: int) -> None:
+    """A launch for every parameter and rank would be 300,000 a step of 8B on 1,024 ranks."""
+    launched = []
+    for world_size in (8, 32):
+        weight = nn.Parameter(torch.zeros(rows, 2))
+        with fake_group(world_size):
+            world = World(rank=0, world_size=world_size)
+            shares = RowShares([("weight", weight)], world, bucket_bytes=1)
+            with Operations() as seen:
+                shares.spread()
+        launched.append(seen.names.count("aten.copy_.default"))
+    assert max(launched) <= 3  # this rank's own, the full shares, what is left
 
 
 def held() -> dict[str, int]:
