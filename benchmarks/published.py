@@ -22,7 +22,6 @@ from typing import Any
 from scalellm.config import Config, parse_config, read_yaml
 from scalellm.errors import UserError, did_you_mean
 from scalellm.plan._record import record_events
-from scalellm.plan.activations import spared_by_compiling
 from scalellm.plan.allocator import reserved_bytes
 from scalellm.plan.calibrate import Measured, fit
 from scalellm.plan.devices import Device, Efficiency, find_device
@@ -119,12 +118,13 @@ def read_rows(path: Path = DATA) -> list[Row]:
 
 def _config(values: dict[str, Any], data: dict[str, Any]) -> Config:
     micro, times = values["rows"], values.get("accumulation", 1)
+    replicas = values["devices"] // values.get("shared_by", 1)
     return parse_config(
         {
             "model": {**data["models"][values["model"]], "seq_len": values["seq_len"]},
             "strategy": data["strategies"][values["strategy"]],
             "train": {
-                "global_batch_size": micro * times * values["devices"],
+                "global_batch_size": micro * times * replicas,
                 "micro_batch_size": micro,
                 "precision": values.get("precision", "bf16"),
                 "activation_checkpointing": values["checkpointing"],
@@ -151,8 +151,9 @@ def predict_memory(row: Row) -> dict[str, Any]:
     if row.values.get("memory") == "reserved":
         _, events = record_events(row.config, row.world_size, "cuda")
         whole_bytes = reserved_bytes(events, expandable=row.values.get("expandable", False))
-        spared = spared_by_compiling(row.config, row.values["rows"])
-        found["predicted_bytes"] = whole_bytes - spared
+        train = row.config.train.model_copy(update={"compile": False})
+        eager = estimate(row.config.model_copy(update={"train": train}), row.world_size)
+        found["predicted_bytes"] = whole_bytes - (eager.peak_bytes - peak_bytes)
     if "memory_gib" in row.values:
         found["memory_ratio"] = found["predicted_bytes"] / (row.values["memory_gib"] * GIB)
     if "verdict" in row.values:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from scalellm.config import BatchPlan, Config
 from scalellm.model import Decoder
-from scalellm.plan._transfers import Phase, Shape, Shards, Transfer, sharded
+from scalellm.plan._transfers import FLOAT_BYTES, Phase, Shape, Shards, Transfer, sharded
 from scalellm.plan.types import CollectiveKind
 from scalellm.strategies._mesh import ParallelOptions, sizes
 from scalellm.strategies._pipeline_cut import cut, split_layers
@@ -58,6 +58,17 @@ class _Mesh:
     @property
     def product_bytes(self) -> int:
         return 2 if self.config.train.precision in _HALF else self.wide_bytes
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Of a parameter's number where the model meets it, and of the residual stream's."""
+        word = self.options.param_dtype
+        return FLOAT_BYTES[word] if word else self.wide_bytes
+
+    @property
+    def reduced_bytes(self) -> int:
+        word = self.options.reduce_dtype
+        return FLOAT_BYTES[word] if word else self.gathered_bytes
 
     @property
     def tokens(self) -> int:
@@ -132,7 +143,7 @@ def _tensor(mesh: _Mesh) -> list[Transfer]:
     if tp == 1:
         return []
     numbers = mesh.tokens * model.hidden_size
-    wide, half = numbers * mesh.wide_bytes, numbers * mesh.product_bytes
+    wide, half = numbers * mesh.gathered_bytes, numbers * mesh.product_bytes
     # The last sum of a block need not be computed again, unless something after it is kept.
     ends_with_sum = model.norm_position == "pre" and not model.dropout
     again = (1 if ends_with_sum else 2) if mesh.computes_again else 0
@@ -220,7 +231,7 @@ def _pipeline(mesh: _Mesh, world_size: int) -> list[Transfer]:
         return []
     model, last = mesh.config.model, len(mesh.stages) - 1
     divided = mesh.size["tp"] if mesh.options.sequence_parallel else 1
-    payload = mesh.tokens // divided * model.hidden_size * mesh.wide_bytes
+    payload = mesh.tokens // divided * model.hidden_size * mesh.gathered_bytes
     stride = world_size // pp
     sends = _Sends(mesh, 2, stride)
     for stage in mesh.mine:
@@ -264,8 +275,8 @@ def _data(mesh: _Mesh) -> list[Transfer]:
             shards,
             gathers=times,
             reductions=mesh.micro_batches if not is_pipeline else 1,
-            gathered_bytes=mesh.wide_bytes,
-            reduced_bytes=mesh.wide_bytes,
+            gathered_bytes=mesh.gathered_bytes,
+            reduced_bytes=mesh.reduced_bytes,
             reshards=not is_pipeline,
             stride=tp,
             replicas=dp,

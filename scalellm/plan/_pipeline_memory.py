@@ -3,7 +3,8 @@
 A trace of the decoder on one rank says what a block keeps and what it needs beyond. A stage is some
 of these blocks, with the embedding or the loss at its ends, and a rank's schedule says how many
 micro-batches of it are there at once. Zero bubble's first half of a backward is taken to free
-nothing, and to keep the gradients of all products' results for the second one.
+nothing, and to keep the gradients of all products' results for the second one. Blocks count as
+computed in fp32 weights: with `param_dtype` they keep up to half less than this says.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from scalellm.config import BatchPlan, Config, ModelConfig
 from scalellm.plan._record import Trace
 from scalellm.plan._steps import FEW_LAYERS, LAST, MIDDLE
+from scalellm.plan._transfers import FLOAT_BYTES
 from scalellm.plan.live import KINDS, Kind, Segment
 from scalellm.plan.traffic import unit_shapes
 from scalellm.plan.types import Memory
@@ -68,7 +70,8 @@ def _border_bytes(
     """Of the activations of a micro-batch between two stages."""
     divided = size["cp"] * (size["tp"] if options.sequence_parallel else 1)
     tokens = batches.micro_batch_size * config.model.seq_len // divided
-    return tokens * config.model.hidden_size * (8 if config.train.precision == "fp64" else 4)
+    word = options.param_dtype or ("fp64" if config.train.precision == "fp64" else "fp32")
+    return tokens * config.model.hidden_size * FLOAT_BYTES[word]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Literal
 
 from scalellm.plan.types import CollectiveKind
 
+FLOAT_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 Shape = tuple[int, ...]
 Phase = Literal["forward", "backward", "step"]
 

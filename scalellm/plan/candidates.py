@@ -47,11 +47,9 @@ def variants(world_size: int, device: Device, precision: str) -> dict[str, dict[
         "fsdp": {"name": "fsdp"},
         "fsdp no reshard": {"name": "fsdp", "reshard_after_forward": False},
     }
-    half = {"param_dtype": precision, "reduce_dtype": "fp32"}
-    if precision in ("bf16", "fp16"):
+    half = _on_the_wire(precision)
+    if half:
         found[f"fsdp {precision}"] = {"name": "fsdp", **half}
-    else:
-        half = {}
     if world_size > device.devices_per_node and world_size % device.devices_per_node == 0:
         one_node = {"shard_ranks": device.devices_per_node}
         found["fsdp hybrid"] = {"name": "fsdp", **one_node, **half}
@@ -60,10 +58,19 @@ def variants(world_size: int, device: Device, precision: str) -> dict[str, dict[
     return {**found, **offloading()}
 
 
+def _on_the_wire(precision: str) -> dict[str, str]:
+    """What shards gather and reduce where the model computes in half precision."""
+    if precision not in ("bf16", "fp16"):
+        return {}
+    return {"param_dtype": precision, "reduce_dtype": "fp32"}
+
+
 _LONG_ROW = 16_384  # tokens from which dividing rows is worth a look
 
 
-def meshes(world_size: int, device: Device, seq_len: int) -> dict[str, dict[str, Any]]:
+def meshes(
+    world_size: int, device: Device, seq_len: int, precision: str
+) -> dict[str, dict[str, Any]]:
     """Meshes of ranks that share a model, tensor groups within a node; the rest are shards."""
     few = [size for size in (2, 4, 8) if size <= world_size]
     in_node = [size for size in few if size <= device.devices_per_node]
@@ -78,7 +85,8 @@ def meshes(world_size: int, device: Device, seq_len: int) -> dict[str, dict[str,
             continue
         whole = {**mesh, "fsdp": rest} if rest > 1 else mesh
         label = " x ".join(f"{name} {size}" for name, size in whole.items())
-        named[label] = {"name": "parallel", "mesh": whole}
+        wire = _on_the_wire(precision) if rest > 1 else {}
+        named[label] = {"name": "parallel", "mesh": whole, **wire}
     return named
 
 

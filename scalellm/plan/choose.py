@@ -82,18 +82,19 @@ class Chooser:
         """
         strategy = self.config.strategy
         strategies.read_options(strategy, strategies.resolve(strategy.name))
-        self.device.matrix_rate(self.config.train.precision)
+        precision = self.config.train.precision
+        self.device.matrix_rate(precision)
         count_parameters(self.config.model)  # refuses a vocabulary that is not known
         own = {"name": strategy.name, **strategy.options}
         self._micro_batch_sizes(own, world_size)  # refuses a batch that no micro-batch divides
         given = self._try(AS_GIVEN, world_size, {})
-        found = variants(world_size, self.device, self.config.train.precision)
+        found = variants(world_size, self.device, precision)
         if strategy.name == "parallel":
             found["parallel"] = own
         rows = [self._best_of(label, options, world_size) for label, options in found.items()]
         if world_size > 1 and not any(_fits_on_devices(row) for row in [given, *rows]):
             # Only here, since each of them takes seconds to look at.
-            shared = meshes(world_size, self.device, self.config.model.seq_len)
+            shared = meshes(world_size, self.device, self.config.model.seq_len, precision)
             rows += [self._best_of(label, options, world_size) for label, options in shared.items()]
         fitting = [row for row in [given, *rows] if row.fits]
         fastest_s = min(map(_seconds, fitting), default=0.0)

@@ -28,7 +28,7 @@ from scalellm.errors import ConfigError
 from scalellm.model import Decoder
 from scalellm.plan._mesh_traffic import mesh_traffic
 from scalellm.plan._ranks import ranks_of
-from scalellm.plan._transfers import Shape, Shards, Transfer, elements, sharded
+from scalellm.plan._transfers import FLOAT_BYTES, Shape, Shards, Transfer, elements, sharded
 from scalellm.plan.types import Collective, CollectiveKind
 from scalellm.strategies import Options, Sharding, Strategy
 from scalellm.strategies._mesh import ParallelOptions
@@ -37,7 +37,6 @@ from scalellm.strategies.accelerate import AccelerateOptions
 from scalellm.strategies.ddp import DDPOptions
 from scalellm.strategies.fsdp import FSDPOptions
 
-_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 _MIB = 1 << 20
 
 
@@ -54,8 +53,8 @@ class Setup:
     @property
     def computes_in_half(self) -> bool:
         """Whether weights are of half precision when the model meets them."""
-        gathers = isinstance(self.options, FSDPOptions) and self.options.param_dtype
-        return gathers in ("bf16", "fp16") or self.sharding.working_bytes == 2
+        gathered = getattr(self.options, "param_dtype", None)
+        return gathered in ("bf16", "fp16") or self.sharding.working_bytes == 2
 
 
 def set_up(config: Config, world_size: int) -> Setup:
@@ -166,7 +165,7 @@ def _bucket_sizes(config: Config, options: DDPOptions) -> list[int]:
     buckets = assign(parameters, [limit], [False] * len(parameters))[0]
     if options.find_unused_parameters:
         buckets.reverse()
-    wire_bytes = _BYTES.get(options.compression, stored.itemsize)
+    wire_bytes = FLOAT_BYTES.get(options.compression, stored.itemsize)
     return [sum(parameters[i].numel() for i in bucket) * wire_bytes for bucket in buckets]
 
 
@@ -186,9 +185,9 @@ def _fsdp(
     config: Config, options: FSDPOptions, micro_batches: int, world_size: int
 ) -> list[Transfer]:
     ranks = options.shard_ranks or world_size
-    stored = _BYTES["fp64"] if config.train.precision == "fp64" else _BYTES["fp32"]
-    gathered = _BYTES[options.param_dtype] if options.param_dtype else stored
-    reduced = _BYTES[options.reduce_dtype] if options.reduce_dtype else gathered
+    stored = FLOAT_BYTES["fp64"] if config.train.precision == "fp64" else FLOAT_BYTES["fp32"]
+    gathered = FLOAT_BYTES[options.param_dtype] if options.param_dtype else stored
+    reduced = FLOAT_BYTES[options.reduce_dtype] if options.reduce_dtype else gathered
     shards = Shards(
         ranks,
         gathers=micro_batches,

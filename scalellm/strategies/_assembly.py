@@ -26,6 +26,7 @@ from scalellm.strategies._part import Part
 from scalellm.strategies._pipeline import Pipeline
 from scalellm.strategies._pipeline_cut import cut, named_parameters, share_embedding, split_layers
 from scalellm.strategies._pipeline_schedule import stages_of, stages_per_rank
+from scalellm.strategies._shards import mixed_precision
 from scalellm.strategies._tensor import Cut, TensorGroup, divide
 from scalellm.strategies._transforms import apply_transforms
 from scalellm.strategies.base import AUTOCAST
@@ -81,7 +82,7 @@ def assemble(
             apply_context(inner, context)
         apply_transforms(inner, train)
         if mesh.shards is not None:
-            reductions = _shard(part, inner, mesh.shards, is_stage=size["pp"] > 1)
+            reductions = _shard(part, inner, mesh.shards, options, is_stage=size["pp"] > 1)
         parts[stage] = part.to_empty(device=device)
     pipeline = _pipeline(parts, options, mesh, train, device, tensor) if size["pp"] > 1 else None
     held = list(parts.values())
@@ -114,11 +115,19 @@ def _stages(decoder: Decoder, options: ParallelOptions, mesh: Mesh) -> dict[int,
     }
 
 
-def _shard(part: nn.Module, decoder: Decoder, mesh: DeviceMesh, *, is_stage: bool) -> Reductions:
+def _shard(
+    part: nn.Module,
+    decoder: Decoder,
+    mesh: DeviceMesh,
+    options: ParallelOptions,
+    *,
+    is_stage: bool,
+) -> Reductions:
+    policy = mixed_precision(options.param_dtype, options.reduce_dtype)
     layers = list(decoder.get_submodule("layers").children())
     for unit in (*layers, part):
         # A pipeline's stages are used once for each micro-batch: gathered once a step.
-        fully_shard(unit, mesh=mesh, reshard_after_forward=not is_stage)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=not is_stage, mp_policy=policy)
     return compute_beside([part, *layers], mesh, gathers_ahead=not is_stage)
 
 
@@ -141,5 +150,6 @@ def _pipeline(
         device,
         options.schedule,
         tokens_divided=tensor.size if tensor is not None and tensor.divides_tokens else 1,
+        activation_dtype=mixed_precision(options.param_dtype, None).param_dtype,
         autocast_dtype=AUTOCAST.get(train.precision),
     )

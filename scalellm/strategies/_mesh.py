@@ -20,6 +20,7 @@ from scalellm.dist import World
 from scalellm.errors import ConfigError
 from scalellm.strategies._context import check_context
 from scalellm.strategies._pipeline_schedule import check_pipeline
+from scalellm.strategies._shards import FloatWord
 from scalellm.strategies.base import Options
 
 DIMS = ("pp", "dp", "fsdp", "cp", "tp")
@@ -48,6 +49,16 @@ class ParallelOptions(Options):
     context: Literal["gather", "ulysses"] = setting(
         "gather",
         "with cp: gather all keys and values, or exchange tokens for heads (as many as ranks)",
+    )
+    param_dtype: FloatWord | None = setting(
+        None,
+        "with fsdp: gather and compute parameters in this precision, keep fp32 shards; null: "
+        "gather as stored",
+    )
+    reduce_dtype: FloatWord | None = setting(
+        None,
+        "with fsdp: precision of gradients on the way to their shards; null: that of param_dtype's "
+        "gradients",
     )
     bucket_mb: int = setting(25, "gradients summed together over replicas", unit="MiB", ge=1)
 
@@ -134,6 +145,15 @@ def _device_mesh(world: World, size: dict[str, int]) -> Any:
     return init_device_mesh(world.device.type, shape, mesh_dim_names=names)
 
 
+_FOR_DIM = (
+    ("schedule", "pp"),
+    ("context", "cp"),
+    ("sequence_parallel", "tp"),
+    ("param_dtype", "fsdp"),
+    ("reduce_dtype", "fsdp"),
+)
+
+
 def refuse_training(options: ParallelOptions, size: dict[str, int], train: TrainConfig) -> None:
     """Raises ConfigError for a way of training, or an option, that the mesh does not go with."""
     problem = next(_training_problems(options, size, train), None)
@@ -149,6 +169,11 @@ def _training_problems(
             "train.compile_scope=model makes one graph of all blocks, but parallel calls a "
             "decoder's parts one by one; use train.compile_scope=parts"
         )
+    if train.precision == "fp64" and (options.param_dtype or options.reduce_dtype):
+        yield (
+            "strategy.param_dtype and strategy.reduce_dtype lower the precision, which "
+            "train.precision=fp64 forbids; leave them out"
+        )
     if options.stages_per_rank is not None and options.schedule != "interleaved":
         yield (
             f"strategy.stages_per_rank={options.stages_per_rank} stages are for "
@@ -156,7 +181,7 @@ def _training_problems(
             "out"
         )
     defaults = ParallelOptions()
-    for name, dim in (("schedule", "pp"), ("context", "cp"), ("sequence_parallel", "tp")):
+    for name, dim in _FOR_DIM:
         value = getattr(options, name)
         if size[dim] == 1 and value != getattr(defaults, name):
             yield (

@@ -88,7 +88,8 @@ class Stage(PipelineStage):
         autocast_dtype: torch.dtype | None,
     ) -> None:
         """`tokens_BT` and `activation` are on the meta device: what goes in first, and between."""
-        loss = torch.empty((), dtype=activation.dtype, device="meta", requires_grad=True)
+        wide = torch.promote_types(activation.dtype, torch.float32)
+        loss = torch.empty((), dtype=wide, device="meta", requires_grad=True)
         super().__init__(
             part,
             stage_index,

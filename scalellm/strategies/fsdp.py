@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
-    MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
 )
@@ -28,11 +27,9 @@ from scalellm.config import TrainConfig, setting
 from scalellm.dist import World, sum_over_ranks
 from scalellm.errors import ConfigError
 from scalellm.strategies._gloo import compute_beside
-from scalellm.strategies._shards import shard_of
+from scalellm.strategies._shards import FloatWord, mixed_precision, shard_of
 from scalellm.strategies._transforms import refuse_one_graph
 from scalellm.strategies.base import Options, Sharding, Strategy, is_meta
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class FSDPOptions(Options):
@@ -51,11 +48,11 @@ class FSDPOptions(Options):
     cpu_offload: bool = setting(
         False, "keep parameters, gradients and optimizer in host memory; the update runs there"
     )
-    param_dtype: Literal["fp32", "bf16", "fp16"] | None = setting(
+    param_dtype: FloatWord | None = setting(
         None,
         "gather and compute parameters in this precision, keep fp32 shards; null: gather as stored",
     )
-    reduce_dtype: Literal["fp32", "bf16", "fp16"] | None = setting(
+    reduce_dtype: FloatWord | None = setting(
         None, "precision of gradients on the wire; null: that of param_dtype's gradients"
     )
     reduce_every_micro_batch: bool = setting(
@@ -106,12 +103,7 @@ class FSDP(Strategy):
         arguments: dict[str, Any] = {
             "mesh": self.mesh,
             "reshard_after_forward": options.reshard_after_forward,
-            # The blocks' rotation tables are fp32 on purpose: inputs are not cast.
-            "mp_policy": MixedPrecisionPolicy(
-                param_dtype=_DTYPES.get(options.param_dtype or ""),
-                reduce_dtype=_DTYPES.get(options.reduce_dtype or ""),
-                cast_forward_inputs=False,
-            ),
+            "mp_policy": mixed_precision(options.param_dtype, options.reduce_dtype),
             # Pinned memory needs a GPU to pin it for.
             "offload_policy": CPUOffloadPolicy(pin_memory=on_gpu)
             if options.cpu_offload

@@ -39,6 +39,7 @@ def config(
     )
 
 
+HALF = {"param_dtype": "bf16", "reduce_dtype": "fp32"}
 WIDE = {"num_layers": 4, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 4}
 
 
@@ -69,6 +70,9 @@ WIDE = {"num_layers": 4, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 4}
         (2, config(1, {"cp": 2}, train={"activation_checkpointing": "selective"})),
         (8, config(4, {"cp": 2, "fsdp": 2, "dp": 2}, train={"precision": "bf16"})),
         (4, config(1, {"cp": 2, "tp": 2}, context="ulysses", train={"precision": "bf16"})),
+        (4, config(2, {"tp": 2, "fsdp": 2}, train={"precision": "bf16"}, **HALF)),
+        (4, config(2, {"cp": 2, "fsdp": 2}, train={"precision": "bf16"}, **HALF)),
+        (4, config(2, {"pp": 2, "fsdp": 2}, train={"precision": "bf16"}, param_dtype="bf16")),
         (2, config(1, {"pp": 2}, 3, bucket_mb=1)),
         (2, config(1, {"pp": 2}, 2, schedule="gpipe", model={"tie_embeddings": False})),
         (2, config(1, {"pp": 2}, 2, schedule="interleaved", model=WIDE)),

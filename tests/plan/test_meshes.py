@@ -70,10 +70,13 @@ def test_tensor_groups_are_faster_within_a_node() -> None:
 
 
 def test_meshes_stay_within_a_node_and_use_all_ranks() -> None:
-    found = meshes(16, DEVICE, seq_len=32_768)
+    found = meshes(16, DEVICE, 32_768, "bf16")
     assert found["tp 8 x fsdp 2"]["mesh"] == {"tp": 8, "fsdp": 2}
     assert found["tp 8 x pp 2"]["mesh"] == {"tp": 8, "pp": 2}
-    assert "cp 8 x fsdp 2" in found and "cp 8 x fsdp 2" not in meshes(16, DEVICE, 4096)
+    assert "cp 8 x fsdp 2" in found and "cp 8 x fsdp 2" not in meshes(16, DEVICE, 4096, "bf16")
+    assert found["tp 8 x fsdp 2"]["param_dtype"] == "bf16"
+    assert "param_dtype" not in found["tp 8 x pp 2"]  # which has no shards
+    assert "param_dtype" not in meshes(16, DEVICE, 4096, "fp32")["tp 8 x fsdp 2"]
     assert all(options["mesh"].get("tp", 1) <= 8 for options in found.values())
 
 

@@ -250,6 +250,7 @@ def mistakes() -> Iterator[tuple[dict[str, Any], int, dict[str, Any], str]]:
     yield {"mesh": {"pp": 2}, "stages_per_rank": 2}, 2, {}, "stages_per_rank=2 .* leave it out"
     yield {"mesh": {"tp": 2}, "schedule": "gpipe"}, 2, {}, "schedule=gpipe .* leave it out"
     yield {"mesh": {"tp": 2}, "context": "ulysses"}, 2, {}, "context=ulysses .* leave it out"
+    yield {"mesh": {"tp": 2}, "param_dtype": "bf16"}, 2, {}, r"mesh\.fsdp of 2 .* leave it out"
     yield {"mesh": {"pp": 8}}, 8, {}, r"8 stages .* model\.num_layers=5"
     yield {"mesh": {"tpp": 2}}, 2, {}, r"unknown key strategy\.mesh\.tpp; did you mean 'tp'"
 
@@ -331,3 +332,33 @@ def test_autocast_reaches_every_part(ranks: Callable[..., list[float]], label: s
     for found in ranks(first_loss, least_ranks(label), label, "bf16"):
         assert abs(found - exact) > 1e-5
         assert found == pytest.approx(half, abs=4 * abs(half - exact) + 1e-4)
+
+
+def bf16_losses(name: str, options: dict[str, Any], precision: str = "bf16") -> list[float]:
+    world = detect()
+    task = Task(MODEL, 4, precision, micro_batch=1)
+    strategy = build(task, name, options, world)
+    losses = [loss for loss, _, _ in train_steps(strategy, task, world, range(4))]
+    assert all(p.dtype == torch.float32 for _, p in strategy.named_parameters())
+    strategy.close()
+    return losses
+
+
+@pytest.mark.parametrize("dim", ["tp", "cp", "pp"])
+def test_parameters_gathered_in_bf16_are_no_further_off_than_fsdps(
+    ranks: Callable[..., list[list[float]]], dim: str
+) -> None:
+    exact = bf16_losses("single", {}, "fp32")
+    [half, _] = ranks(bf16_losses, 2, "fsdp", {"param_dtype": "bf16", "reduce_dtype": "fp32"})
+
+    def off(losses: list[float]) -> float:
+        return max(abs(found - wanted) for found, wanted in zip(losses, exact, strict=True))
+
+    mesh = {"mesh": {dim: 2, "fsdp": 2}}
+    [wide, *_] = ranks(bf16_losses, 4, "parallel", mesh)
+    for found in ranks(
+        bf16_losses, 4, "parallel", {**mesh, "param_dtype": "bf16", "reduce_dtype": "fp32"}
+    ):
+        assert found != wide  # whose residual stream is fp32
+        assert found[0] == pytest.approx(exact[0], rel=1e-4)
+        assert off(found) <= 1.5 * off(half)
