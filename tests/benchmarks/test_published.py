@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from scalellm.model import count_parameters
+from scalellm.plan._ranks import batches_of
 from scalellm.plan.devices import Efficiency
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -30,7 +31,7 @@ def test_every_row_can_be_and_names_a_source(bench: Any) -> None:
     data = bench.read_yaml(bench.DATA)
     for row in rows:
         assert row.values["source"] in data["sources"]
-        row.config.batches(row.world_size)
+        batches_of(row.config, row.world_size)
         row.device.matrix_rate(row.config.train.precision)
         assert {"tokens_per_s", "memory_gib", "verdict"} & set(row.values)
 
@@ -75,7 +76,7 @@ def test_no_row_is_calibrated_on_its_own_family(
         assert seen[-1]
         for other in seen[-1]:
             assert families[other] != families[name] and kinds[other] == kinds[name]
-    assert seen[0] == ["8b-128", "8b-128-compile"]
+    assert seen[0] == ["8b-128", "8b-128-compile", "70b-256-2d-compile"]
 
 
 @pytest.mark.slow
