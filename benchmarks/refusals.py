@@ -42,6 +42,8 @@ CASES: list[tuple[int, dict[str, Any]]] = [
          "train.micro_batch_size": 1}),
     (2, {"strategy.mesh.tp": 2, "strategy.schedule": "zero_bubble"}),
     (2, {"strategy.mesh.tp": 2, "strategy.context": "ulysses"}),
+    (2, {"strategy.mesh.tp": 2, "strategy.param_dtype": "bf16"}),
+    (2, {"strategy.mesh.fsdp": 2, "strategy.param_dtype": "bf16", "train.precision": "fp16"}),
 ]  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """What rank 0 of `parallel` sends in an optimizer step, by formula; see `traffic`.
 
 Its part of the model is cut without memory by the strategy's own functions. Under autocast matrices
-give half precision, while what reads the residual stream and the gradients towards it stay wide.
+give half precision, while what reads the residual stream and the gradients towards it stay wide, as
+the weights that the model meets.
 
 Shapes: B rows of a micro-batch, T tokens of a row, t of them on this rank between blocks, C
 features of the residual stream, V words.
@@ -57,7 +58,8 @@ class _Mesh:
 
     @property
     def product_bytes(self) -> int:
-        return 2 if self.config.train.precision in _HALF else self.wide_bytes
+        """Of a number that a matrix product gives."""
+        return 2 if self.config.train.precision in _HALF else self.gathered_bytes
 
     @property
     def gathered_bytes(self) -> int:

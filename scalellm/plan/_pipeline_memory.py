@@ -3,8 +3,7 @@
 A trace of the decoder on one rank says what a block keeps and what it needs beyond. A stage is some
 of these blocks, with the embedding or the loss at its ends, and a rank's schedule says how many
 micro-batches of it are there at once. Zero bubble's first half of a backward is taken to free
-nothing, and to keep the gradients of all products' results for the second one. Blocks count as
-computed in fp32 weights: with `param_dtype` they keep up to half less than this says.
+nothing, and to keep the gradients of all products' results for the second one.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scalellm.config import BatchPlan, Config, ModelConfig
 from scalellm.plan._record import Trace
@@ -35,25 +34,30 @@ def pipeline_memory(
     batches: BatchPlan,
     size: Mapping[str, int],
     trace: Trace,
+    trace_shards: int = 1,
 ) -> Memory:
     """Returns the worst moment of the fullest rank.
 
     Args:
         size: ranks along each dimension of the mesh.
-        trace: a step of `FEW_LAYERS` blocks on ranks of the same tensor and context groups, without
-            shards; of two micro-batches if there are as many.
+        trace: a step of `FEW_LAYERS` blocks on ranks of the same tensor and context groups; of two
+            micro-batches if there are as many.
+        trace_shards: among how many ranks its parameters are divided.
     """
     per_rank = stages_per_rank(options.schedule, options.stages_per_rank or 2)
     layers = split_layers(config.model, size["pp"] * per_rank)
     orders = order_of(options.schedule, size["pp"], batches.grad_accumulation, per_rank)
     shards = size["fsdp"] * size["cp"] if size["fsdp"] > 1 else 1
+    if trace_shards > 1:
+        trace = _without_buffers(trace)
     border_bytes = _border_bytes(config, options, batches, size)
+    widths = _Widths.of(config, options)
     fullest: Level = Counter()
     for rank, order in enumerate(orders):
         stages = {
             index: _Stage(
                 config.model, trace, size["tp"], len(layers[index]), index == 0,
-                index == len(layers) - 1, border_bytes,
+                index == len(layers) - 1, border_bytes, trace_shards, widths,
             )
             for index in stages_of(options.schedule, rank, size["pp"], per_rank)
         }  # fmt: skip
@@ -64,14 +68,42 @@ def pipeline_memory(
     return Memory(**{f"{kind}_bytes": fullest[kind] for kind in KINDS})
 
 
+def _without_buffers(trace: Trace) -> Trace:
+    """Shards are gathered in each pass there, and by a pipeline once a step."""
+    segments = [
+        replace(
+            segment,
+            peak={kind: size for kind, size in segment.peak.items() if kind != "buffers"},
+            change={kind: size for kind, size in segment.change.items() if kind != "buffers"},
+        )
+        for segment in trace.segments
+    ]
+    return replace(trace, segments=segments)
+
+
 def _border_bytes(
     config: Config, options: ParallelOptions, batches: BatchPlan, size: Mapping[str, int]
 ) -> int:
     """Of the activations of a micro-batch between two stages."""
     divided = size["cp"] * (size["tp"] if options.sequence_parallel else 1)
     tokens = batches.micro_batch_size * config.model.seq_len // divided
-    word = options.param_dtype or ("fp64" if config.train.precision == "fp64" else "fp32")
-    return tokens * config.model.hidden_size * FLOAT_BYTES[word]
+    return tokens * config.model.hidden_size * _Widths.of(config, options).gathered_bytes
+
+
+@dataclass(frozen=True)
+class _Widths:
+    """Bytes of a number of what is stored of parameters, gathered of them, and of gradients."""
+
+    stored_bytes: int
+    gathered_bytes: int
+    reduced_bytes: int
+
+    @classmethod
+    def of(cls, config: Config, options: ParallelOptions) -> _Widths:
+        stored = FLOAT_BYTES["fp64" if config.train.precision == "fp64" else "fp32"]
+        gathered = FLOAT_BYTES[options.param_dtype] if options.param_dtype else stored
+        reduced = FLOAT_BYTES[options.reduce_dtype] if options.reduce_dtype else gathered
+        return cls(stored, gathered, reduced)
 
 
 @dataclass(frozen=True)
@@ -83,6 +115,17 @@ class _Stage:
     is_first: bool
     is_last: bool
     border_bytes: int
+    trace_shards: int
+    widths: _Widths
+
+    @property
+    def gathered_bytes(self) -> int:
+        return self.held("parameters") * self.widths.gathered_bytes // self.widths.stored_bytes
+
+    @property
+    def gradients_bytes(self) -> int:
+        """Of a step's, before they are divided."""
+        return self.held("parameters") * self.widths.reduced_bytes // self.widths.stored_bytes
 
     @property
     def result_gradients_bytes(self) -> int:
@@ -94,8 +137,9 @@ class _Stage:
 
     def held(self, kind: Kind) -> int:
         """Bytes of its parameters, or of what is as large as they are."""
-        layer_bytes = self.trace.layer_bytes.get(kind, 0)
-        root_bytes = self.trace.start.get(kind, 0) - FEW_LAYERS * layer_bytes
+        layer_bytes = self.trace.layer_bytes.get(kind, 0) * self.trace_shards
+        whole_bytes = self.trace.start.get(kind, 0) * self.trace_shards
+        root_bytes = whole_bytes - FEW_LAYERS * layer_bytes
         words = -(-(self.model.vocab_size or 0) // self.tp) * self.model.hidden_size
         places = self.model.seq_len if self.model.positions == "learned" else 0
         places *= self.model.hidden_size
@@ -125,7 +169,7 @@ class _Stage:
     def update(self) -> Level:
         """What the optimizer needs beside, as much as the stage's parameters have of all."""
         found = next(one for one in self.trace.segments if one.label == "update")
-        whole = self.trace.start["parameters"]
+        whole = self.trace.start["parameters"] * self.trace_shards
         return Counter(
             {kind: size * self.held("parameters") // whole for kind, size in _passing(found.peak)}
         )
@@ -144,7 +188,7 @@ def _moments(
         for kind in ("parameters", "optimizer"):
             level[kind] += stage.held(kind) // shards
         if shards > 1:  # gathered for the whole step
-            level["buffers"] += stage.held("parameters")
+            level["buffers"] += stage.gathered_bytes
     static = Counter(level)
     plays = {index: _Play(stage) for index, stage in stages.items()}
     for action in order:
@@ -153,7 +197,7 @@ def _moments(
             yield _plus(level, play.worst(action.kind))
         level.update(play.after(action.kind))
     for stage in stages.values():
-        static["gradients"] += stage.held("parameters")
+        static["gradients"] += stage.gradients_bytes
     for stage in stages.values():
         static.update(stage.update)
     yield static
@@ -163,7 +207,7 @@ class _Play:
     """The computations of a stage: what each needs at worst, and what it leaves."""
 
     def __init__(self, stage: _Stage) -> None:
-        self.gradients_bytes = stage.held("parameters")
+        self.gradients_bytes = stage.gradients_bytes
         self.has_gradients = False
         self._result_gradients_bytes = stage.result_gradients_bytes
         self.kept: Level = Counter()

@@ -28,7 +28,7 @@ from scalellm.plan.types import Memory
 from scalellm.strategies._mesh import ParallelOptions, sizes
 
 # What of a pipeline's options its stages' own work depends on.
-_KEPT = ("sequence_parallel", "context", "bucket_mb")
+_KEPT = ("sequence_parallel", "context", "bucket_mb", "param_dtype", "reduce_dtype")
 
 # A heap of so many blocks is simulated whole; that of more has as large a share of holes.
 WHOLE_LAYERS = 12
@@ -93,22 +93,24 @@ def _of_pipeline(
     world_size: int,
     device_type: str,
 ) -> Memory:
-    """The fullest rank's, from the same decoder undivided and unsharded."""
+    """The fullest rank's, from the same decoder undivided, on shards only if these change it."""
     size = sizes(options.mesh, world_size)
-    ranks = size["tp"] * size["cp"]
-    mesh = {"tp": size["tp"], "cp": size["cp"]}
+    shards = 2 if options.param_dtype or options.reduce_dtype else 1
+    ranks = size["tp"] * size["cp"] * shards
+    mesh = {"tp": size["tp"], "cp": size["cp"], "fsdp": shards}
     rest = {key: config.strategy.options[key] for key in _KEPT if key in config.strategy.options}
     strategy = StrategyConfig.model_validate({"name": "parallel", "mesh": mesh, **rest})
     rows = batches.micro_batch_size
     train = config.train.model_copy(
         update={
             "micro_batch_size": rows,
-            "global_batch_size": rows * min(batches.grad_accumulation, 2),
+            "global_batch_size": rows * min(batches.grad_accumulation, 2) * shards,
         }
     )
     whole = config.model_copy(update={"strategy": strategy, "train": train})
     trace = _recorded(whole, ranks, device_type, FEW_LAYERS)
-    return pipeline_memory(config, options, batches, size, trace)
+    trace_shards = shards * size["cp"] if shards > 1 else 1
+    return pipeline_memory(config, options, batches, size, trace, trace_shards)
 
 
 def _recorded(config: Config, world_size: int, device_type: str, layers: int) -> Trace:

@@ -26,10 +26,9 @@ from scalellm.strategies._part import Part
 from scalellm.strategies._pipeline import Pipeline
 from scalellm.strategies._pipeline_cut import cut, named_parameters, share_embedding, split_layers
 from scalellm.strategies._pipeline_schedule import stages_of, stages_per_rank
-from scalellm.strategies._shards import mixed_precision
+from scalellm.strategies._shards import autocast_beside, mixed_precision
 from scalellm.strategies._tensor import Cut, TensorGroup, divide
 from scalellm.strategies._transforms import apply_transforms
-from scalellm.strategies.base import AUTOCAST
 
 
 @dataclass
@@ -151,5 +150,5 @@ def _pipeline(
         options.schedule,
         tokens_divided=tensor.size if tensor is not None and tensor.divides_tokens else 1,
         activation_dtype=mixed_precision(options.param_dtype, None).param_dtype,
-        autocast_dtype=AUTOCAST.get(train.precision),
+        autocast_dtype=autocast_beside(options.param_dtype, train.precision),
     )

@@ -20,7 +20,7 @@ from scalellm.dist import World
 from scalellm.errors import ConfigError
 from scalellm.strategies._context import check_context
 from scalellm.strategies._pipeline_schedule import check_pipeline
-from scalellm.strategies._shards import FloatWord
+from scalellm.strategies._shards import PARAM_DTYPE, REDUCE_DTYPE, FloatWord
 from scalellm.strategies.base import Options
 
 DIMS = ("pp", "dp", "fsdp", "cp", "tp")
@@ -50,16 +50,8 @@ class ParallelOptions(Options):
         "gather",
         "with cp: gather all keys and values, or exchange tokens for heads (as many as ranks)",
     )
-    param_dtype: FloatWord | None = setting(
-        None,
-        "with fsdp: gather and compute parameters in this precision, keep fp32 shards; null: "
-        "gather as stored",
-    )
-    reduce_dtype: FloatWord | None = setting(
-        None,
-        "with fsdp: precision of gradients on the way to their shards; null: that of param_dtype's "
-        "gradients",
-    )
+    param_dtype: FloatWord | None = setting(None, PARAM_DTYPE)
+    reduce_dtype: FloatWord | None = setting(None, REDUCE_DTYPE)
     bucket_mb: int = setting(25, "gradients summed together over replicas", unit="MiB", ge=1)
 
 
@@ -168,11 +160,6 @@ def _training_problems(
         yield (
             "train.compile_scope=model makes one graph of all blocks, but parallel calls a "
             "decoder's parts one by one; use train.compile_scope=parts"
-        )
-    if train.precision == "fp64" and (options.param_dtype or options.reduce_dtype):
-        yield (
-            "strategy.param_dtype and strategy.reduce_dtype lower the precision, which "
-            "train.precision=fp64 forbids; leave them out"
         )
     if options.stages_per_rank is not None and options.schedule != "interleaved":
         yield (

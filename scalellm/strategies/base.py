@@ -191,12 +191,21 @@ class Strategy:
         del is_last
         return nullcontext()
 
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What products are computed in; None: in what the weights are when the model meets them.
+
+        Where these are of half precision already, autocast would only make norms compute and give
+        fp32 on a GPU (torch 2.13, aten/src/ATen/autocast_mode.h), for more memory and traffic.
+        """
+        return AUTOCAST.get(self.train.precision)
+
     def forward(self, batch: Batch) -> Tensor:
         """Returns this rank's share of the sum of the micro-batch's token losses, in nats.
 
         The shares of all ranks add up to the loss of the global batch, once `backward` is done.
         """
-        autocast = AUTOCAST.get(self.train.precision)
+        autocast = self.autocast_dtype
         wanted: dict[str, Any] = {"row_losses": batch.row_losses, "mask_B1TS": batch.mask_B1TS}
         wanted = {name: value for name, value in wanted.items() if value is not None}
         with torch.autocast(self.world.device.type, dtype=autocast, enabled=autocast is not None):

@@ -121,6 +121,10 @@ class DeepSpeed(Strategy):
             with _shaped(self.model):
                 self.zero.fill(cast(Any, self.model).initial_weights())
 
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        return None  # in bf16 the engine's own weights are
+
     def plan(self) -> BatchPlan:
         return BatchPlan.of(
             self.train.global_batch_size, self.train.micro_batch_size, self.world.world_size

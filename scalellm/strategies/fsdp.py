@@ -27,7 +27,15 @@ from scalellm.config import TrainConfig, setting
 from scalellm.dist import World, sum_over_ranks
 from scalellm.errors import ConfigError
 from scalellm.strategies._gloo import compute_beside
-from scalellm.strategies._shards import FloatWord, mixed_precision, shard_of
+from scalellm.strategies._shards import (
+    PARAM_DTYPE,
+    REDUCE_DTYPE,
+    FloatWord,
+    autocast_beside,
+    mixed_precision,
+    refuse_precisions,
+    shard_of,
+)
 from scalellm.strategies._transforms import refuse_one_graph
 from scalellm.strategies.base import Options, Sharding, Strategy, is_meta
 
@@ -50,11 +58,9 @@ class FSDPOptions(Options):
     )
     param_dtype: FloatWord | None = setting(
         None,
-        "gather and compute parameters in this precision, keep fp32 shards; null: gather as stored",
+        PARAM_DTYPE,
     )
-    reduce_dtype: FloatWord | None = setting(
-        None, "precision of gradients on the wire; null: that of param_dtype's gradients"
-    )
+    reduce_dtype: FloatWord | None = setting(None, REDUCE_DTYPE)
     reduce_every_micro_batch: bool = setting(
         True,
         "keep gradients divided during accumulation; false communicates once a step, but every "
@@ -77,11 +83,7 @@ class FSDP(Strategy):
                 f"{world.world_size} ranks of this run into equal groups; use "
                 f"{' or '.join(map(str, fitting))}, or start another number of ranks"
             )
-        if train.precision == "fp64" and (options.param_dtype or options.reduce_dtype):
-            raise ConfigError(
-                "strategy.param_dtype and strategy.reduce_dtype lower the precision, which "
-                "train.precision=fp64 forbids; leave them out"
-            )
+        refuse_precisions(options.param_dtype, options.reduce_dtype, train)
 
     @classmethod
     def sharding(cls, options: Options, world: World, train: TrainConfig) -> Sharding:
@@ -132,6 +134,11 @@ class FSDP(Strategy):
         return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
 
     # -- one optimizer step -----------------------------------------------------------------
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        options = cast(FSDPOptions, self.options)
+        return autocast_beside(options.param_dtype, self.train.precision)
 
     @contextmanager
     def micro_step(self, is_last: bool) -> Iterator[None]:

@@ -35,7 +35,7 @@ from scalellm.strategies._mesh import (
 )
 from scalellm.strategies._norm import norm_of
 from scalellm.strategies._pipeline import Pipeline, StepTime
-from scalellm.strategies._shards import shard_of
+from scalellm.strategies._shards import autocast_beside, refuse_precisions, shard_of
 from scalellm.strategies._state import StateSource, check_names
 from scalellm.strategies._sums import sum_gradients
 from scalellm.strategies._tensor import has_partial_gradient
@@ -59,6 +59,7 @@ class Parallel(Strategy):
     def check(cls, options: Options, world: World, train: TrainConfig) -> None:
         options = cast(ParallelOptions, options)
         refuse_training(options, sizes(options.mesh, world.world_size), train)
+        refuse_precisions(options.param_dtype, options.reduce_dtype, train)
 
     @classmethod
     def check_model(
@@ -131,6 +132,11 @@ class Parallel(Strategy):
             yield canonical_fqn(name), parameter
 
     # -- one optimizer step -----------------------------------------------------------------
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        options = cast(ParallelOptions, self.options)
+        return autocast_beside(options.param_dtype, self.train.precision)
 
     @contextmanager
     def micro_step(self, is_last: bool) -> Iterator[None]:

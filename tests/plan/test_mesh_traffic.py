@@ -72,6 +72,8 @@ WIDE = {"num_layers": 4, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 4}
         (4, config(1, {"cp": 2, "tp": 2}, context="ulysses", train={"precision": "bf16"})),
         (4, config(2, {"tp": 2, "fsdp": 2}, train={"precision": "bf16"}, **HALF)),
         (4, config(2, {"cp": 2, "fsdp": 2}, train={"precision": "bf16"}, **HALF)),
+        (4, config(2, {"tp": 2, "fsdp": 2}, **HALF)),
+        (4, config(2, {"cp": 2, "fsdp": 2}, **HALF)),
         (4, config(2, {"pp": 2, "fsdp": 2}, train={"precision": "bf16"}, param_dtype="bf16")),
         (2, config(1, {"pp": 2}, 3, bucket_mb=1)),
         (2, config(1, {"pp": 2}, 2, schedule="gpipe", model={"tie_embeddings": False})),

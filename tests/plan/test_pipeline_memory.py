@@ -22,13 +22,26 @@ MODEL = {
 }
 
 
-def config(mesh: dict[str, int], micro_batches: int, data_ranks: int = 1, **options: Any) -> Config:
+HALF = {"param_dtype": "bf16", "reduce_dtype": "fp32"}
+
+
+def config(
+    mesh: dict[str, int],
+    micro_batches: int,
+    data_ranks: int = 1,
+    precision: str = "fp32",
+    **options: Any,
+) -> Config:
     samples = 2 * micro_batches * data_ranks
     return parse_config(
         {
             "model": MODEL,
             "strategy": {"name": "parallel", "mesh": mesh, **options},
-            "train": {"global_batch_size": samples, "micro_batch_size": 2},
+            "train": {
+                "global_batch_size": samples,
+                "micro_batch_size": 2,
+                "precision": precision,
+            },
         }
     )
 
@@ -47,8 +60,12 @@ def fullest(of: Config, world_size: int, pp: int) -> Memory:
         (config({"pp": 2}, 2, schedule="interleaved"), 2, 0.03),
         (config({"pp": 2}, 3, schedule="zero_bubble"), 2, 0.08),
         (config({"pp": 2, "fsdp": 2}, 2, data_ranks=2), 4, 0.03),
+        (config({"pp": 2, "fsdp": 2}, 2, 2, "bf16", **HALF), 4, 0.03),
+        (config({"pp": 2, "fsdp": 2}, 2, 2, "bf16", param_dtype="bf16"), 4, 0.03),
+        (config({"pp": 2, "fsdp": 2}, 2, 2, "bf16", reduce_dtype="bf16"), 4, 0.03),
+        (config({"pp": 2, "fsdp": 2, "tp": 2}, 3, 2, "bf16", **HALF), 8, 0.03),
     ],
-    ids=["1f1b", "gpipe", "interleaved", "zero_bubble", "fsdp"],
+    ids=["1f1b", "gpipe", "interleaved", "zero_bubble", "fsdp", "half", "half-sums", "sums", "tp"],
 )
 def test_is_near_a_dry_run(of: Config, world_size: int, error: float) -> None:
     found, dry = estimate(of, world_size), fullest(of, world_size, 2)

@@ -104,7 +104,9 @@ def test_what_is_launched_does_not_grow_with_the_ranks(rows: int) -> None:
             with Operations() as seen:
                 shares.spread()
         launched.append(seen.names.count("aten.copy_.default"))
-    assert max(launched) <= 3  # this rank's own, the full shares, what is left
+    assert (
+        2 <= min(launched) <= max(launched) <= 3
+    )  # this rank's own, the full shares, what is left
 
 
 def held() -> dict[str, int]:
