@@ -43,7 +43,7 @@ def written(module: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 def made_cell(size: str, variant: str, world: int, precision: str, scaling: str) -> dict[str, Any]:
     random_ = random.Random(f"{size}{variant}{world}{precision}{scaling}")
-    parameters = {"13m": 13_000_000, "3m": 3_400_000}[size]
+    parameters = {"3m": 3_400_000, "tiny": 140_000}[size]
     rate = SPEED[variant] * 4e10 / parameters * (1.9 if precision == "bf16" else 1)
     rate *= random_.uniform(0.97, 1.03)
     batch = 16 * (world if scaling == "weak" else 1)
@@ -100,27 +100,27 @@ def unmeasured(cell: dict[str, Any], status: str, reason: str | None) -> dict[st
 def made_sweep() -> dict[str, Any]:
     cells = [
         made_cell(size, variant, world, precision, scaling)
-        for size in ("13m", "3m")
-        for precision in (("fp32", "bf16") if size == "13m" else ("fp32",))
+        for size in ("3m", "tiny")
+        for precision in (("fp32", "bf16") if size == "3m" else ("fp32",))
         for scaling in ("strong", "weak")
         for variant in SPEED
         for world in (1, 2)
         if (variant != "single" or world == 1) and (scaling == "strong" or world > 1)
     ]
-    left_out = made_cell("13m", "single", 1, "fp32", "strong") | {"world_size": 2}
-    left_out["id"] = "13m/single@2/fp32/eager/none"
+    left_out = made_cell("3m", "single", 1, "fp32", "strong") | {"world_size": 2}
+    left_out["id"] = "3m/single@2/fp32/eager/none"
     cells.append(unmeasured(left_out, "skipped", "strategy single runs in one process, not 2"))
     found = {cell["id"]: index for index, cell in enumerate(cells)}
     for name, status, reason in (
-        ("13m/fsdp@2/bf16/eager/none", "failed", EVIL),
-        ("13m/deepspeed-2@2/fp32/eager/none", "out of memory", "out of memory; lower the batch"),
-        ("3m/ddp@2/fp32/eager/none/weak", "pending", None),
+        ("3m/fsdp@2/bf16/eager/none", "failed", EVIL),
+        ("3m/deepspeed-2@2/fp32/eager/none", "out of memory", "out of memory; lower the batch"),
+        ("tiny/ddp@2/fp32/eager/none/weak", "pending", None),
     ):
         cells[found[name]] = unmeasured(cells[found[name]], status, reason)
     peaks = {"fp32": 9e10, "bf16": 3e11}
     return {
         "schema_version": 1,
-        "config": {"sizes": ["13m", "3m"], "variants": list(SPEED), "repeats": 2, "steps": 20},
+        "config": {"sizes": ["3m", "tiny"], "variants": list(SPEED), "repeats": 2, "steps": 20},
         "environment": {
             "command": ["/home/someone/.venv/bin/scalellm", "bench", "sweep"],
             "python": "3.11.7",
@@ -174,7 +174,7 @@ def test_plots_of_all_kinds_and_sizes(written: list[Path]) -> None:
     kinds = ["throughput", "memory", "strong-scaling", "weak-scaling", "step-time", "loss"]
     kinds += ["loss-difference", "mfu", "planned-memory"]
     assert {path.stem for path in plots} == {
-        f"{kind}-{size}" for kind in kinds for size in ("13m", "3m")
+        f"{kind}-{size}" for kind in kinds for size in ("3m", "tiny")
     }
     for path in plots:
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
@@ -182,7 +182,7 @@ def test_plots_of_all_kinds_and_sizes(written: list[Path]) -> None:
     shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", markdown)
     assert {written[1].parent / name for name in shown} == set(plots)
     assert "<script" not in markdown and "<img" not in markdown
-    table = [line for line in markdown.splitlines() if line.startswith("| 13m/")]
+    table = [line for line in markdown.splitlines() if line.startswith("| 3m/")]
     cells_of_a_row = {len(re.findall(r"(?<!\\)\|", line)) for line in table}
     assert len(cells_of_a_row) == 1, "a reason has broken the table"
 
@@ -193,7 +193,7 @@ def test_no_scaling_plot_without_a_second_world(module: ModuleType, tmp_path: Pa
     for cell in sweep["cells"]:
         del cell["mfu"]
     names = {path.stem for path in module.write_report(write(tmp_path, sweep))}
-    assert "throughput-13m" in names
+    assert "throughput-3m" in names
     assert not [name for name in names if "scaling" in name or "mfu" in name]
 
 
@@ -210,17 +210,17 @@ def test_a_sweep_without_any_figures(module: ModuleType, tmp_path: Path, status:
 def test_efficiency_counts_threads_on_a_cpu_and_ranks_on_a_gpu(module: ModuleType) -> None:
     import _plots
 
-    base = made_cell("13m", "single", 1, "fp32", "strong")
-    cell = made_cell("13m", "accelerate-ddp", 2, "fp32", "strong")
+    base = made_cell("3m", "single", 1, "fp32", "strong")
+    cell = made_cell("3m", "accelerate-ddp", 2, "fp32", "strong")
     base["tokens_per_s"]["median"], cell["tokens_per_s"]["median"] = 100.0, 90.0
     # Two ranks of one thread against one rank of two: the same cores.
     assert _plots.efficiency(cell, [base, cell]) == (pytest.approx(0.9), "single@1")
     for one in (base, cell):
         one["peak_device_bytes"] = [MIB] * one["world_size"]
     assert _plots.efficiency(cell, [base, cell]) == (pytest.approx(0.45), "single@1")
-    own = made_cell("13m", "accelerate-ddp", 1, "fp32", "strong")
+    own = made_cell("3m", "accelerate-ddp", 1, "fp32", "strong")
     assert _plots.efficiency(cell, [base, own, cell])[1] == "accelerate-ddp@1"
-    other = made_cell("13m", "single", 1, "bf16", "strong")
+    other = made_cell("3m", "single", 1, "bf16", "strong")
     assert _plots.efficiency(cell, [other, cell]) is None
 
 
@@ -228,7 +228,7 @@ def test_communication_is_hatched_inside_the_step(module: ModuleType) -> None:
     import _plots
 
     for variant, last in (("ddp", 0.90), ("deepspeed-2", 0.97)):
-        cell = made_cell("13m", variant, 2, "fp32", "strong")
+        cell = made_cell("3m", variant, 2, "fp32", "strong")
         stack = _plots._stack("x", cell)
         step_ms = 1e3 * cell["step"]["step_time_s"]
         assert sum(stack.parts) == pytest.approx(step_ms)
