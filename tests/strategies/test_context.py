@@ -156,6 +156,7 @@ def test_shares_add_up_to_the_whole(
         assert worst(found, expected) < 1e-11
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "documents"), [("gather", False), ("ulysses", True)], ids=str)
 def test_what_stands_around_the_collectives_is_compiled(
     ranks: Callable[..., list[Result]], method: Method, documents: bool

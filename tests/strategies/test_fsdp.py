@@ -78,7 +78,7 @@ def test_each_rank_holds_its_part_of_sixteen_bytes_a_parameter(
         {"activation_checkpointing": "full"},
         {"activation_checkpointing": "selective"},
         {"activation_checkpointing": "alternate"},
-        {"compile": True},
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -27,6 +27,8 @@ MODEL = ModelConfig(
 OTHER = MODEL.model_copy(
     update={"positions": "learned", "norm": "layernorm", "mlp": "gelu", "norm_position": "post"}
 )
+# What these save is saved by the others too.
+SLOW = ["tp", "cp", "pp-fsdp", "pp-zero-bubble"]
 LABELS = [label for label, variant in VARIANTS.items() if variant.name == "parallel"]
 
 
@@ -104,7 +106,14 @@ def test_a_bias_is_added_once(ranks: Callable[..., list[Curve]], label: str) -> 
         assert worst(found, alone) < 1e-11
 
 
-@pytest.mark.parametrize("saved_in", ["tp", "cp", "pp", "tp-fsdp", "pp-fsdp", "pp-zero-bubble"])
+@pytest.mark.parametrize(
+    "saved_in",
+    [
+        "pp",
+        "tp-fsdp",
+        *(pytest.param(label, marks=pytest.mark.slow) for label in SLOW),
+    ],
+)
 def test_a_checkpoint_of_it_is_any_strategys(
     ranks: Callable[..., list[Curve]], wanted: dict[str, Curve], saved_in: str, tmp_path: Path
 ) -> None:
@@ -219,7 +228,9 @@ def test_dropout_is_the_same_where_matrices_are_divided(
 
 @pytest.mark.parametrize("label", ["tp", "pp", "tp-fsdp"])
 @pytest.mark.parametrize(
-    "changes", [{"activation_checkpointing": "full"}, {"compile": True}], ids=str
+    "changes",
+    [{"activation_checkpointing": "full"}, pytest.param({"compile": True}, marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_blocks_that_are_computed_twice(
     ranks: Callable[..., list[Curve]],

@@ -101,7 +101,7 @@ def test_training_as_the_whole_does(
 @pytest.mark.parametrize(
     ("schedule", "train"),
     [
-        ("1f1b", {"compile": True}),
+        pytest.param("1f1b", {"compile": True}, marks=pytest.mark.slow),
         ("interleaved", {"activation_checkpointing": "alternate"}),
         ("1f1b", {"activation_checkpointing": "full"}),
     ],
