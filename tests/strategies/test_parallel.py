@@ -409,3 +409,19 @@ def test_precisions_that_do_not_go_together() -> None:
         check({**mesh, **HALF}, 2, precision="fp16")
     with pytest.raises(ConfigError, match=r"only train\.precision=fp16 does"):
         check({**mesh, "param_dtype": "fp16"}, 2)
+
+
+def half_curve(options: dict[str, Any], paths: dict[str, Path]) -> list[float]:
+    task = Task(MODEL, 4, "bf16", micro_batch=1)
+    return run_curve(task, "parallel", {**options, **HALF}, detect(), **paths).losses
+
+
+@pytest.mark.parametrize("dim", ["tp", "pp"])
+def test_a_resumed_run_gathered_in_bf16_has_the_same_digits(
+    ranks: Callable[..., list[list[float]]], dim: str, tmp_path: Path
+) -> None:
+    """What is saved are the shards, not what is gathered of them."""
+    options, path = {"mesh": {dim: 2, "fsdp": 2}}, tmp_path / "checkpoint"
+    [whole, *_] = ranks(half_curve, 4, options, {"save": path})
+    for rest in ranks(half_curve, 4, options, {"load": path}):
+        assert rest == whole[2:]
