@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from scalellm.config import BatchPlan, Config
 from scalellm.model import Decoder
-from scalellm.plan._transfers import FLOAT_BYTES, Phase, Shape, Shards, Transfer, sharded
+from scalellm.plan._transfers import Phase, Shape, Shards, Transfer, Widths, sharded
 from scalellm.plan.types import CollectiveKind
 from scalellm.strategies._mesh import ParallelOptions, sizes
 from scalellm.strategies._pipeline_cut import cut, split_layers
@@ -53,8 +53,13 @@ class _Mesh:
         return self.batches.grad_accumulation
 
     @property
+    def widths(self) -> Widths:
+        options = self.options
+        return Widths.of(self.config.train.precision, options.param_dtype, options.reduce_dtype)
+
+    @property
     def wide_bytes(self) -> int:
-        return 8 if self.config.train.precision == "fp64" else 4
+        return self.widths.stored_bytes
 
     @property
     def product_bytes(self) -> int:
@@ -64,13 +69,7 @@ class _Mesh:
     @property
     def gathered_bytes(self) -> int:
         """Of a parameter's number where the model meets it, and of the residual stream's."""
-        word = self.options.param_dtype
-        return FLOAT_BYTES[word] if word else self.wide_bytes
-
-    @property
-    def reduced_bytes(self) -> int:
-        word = self.options.reduce_dtype
-        return FLOAT_BYTES[word] if word else self.gathered_bytes
+        return self.widths.gathered_bytes
 
     @property
     def tokens(self) -> int:
@@ -278,7 +277,7 @@ def _data(mesh: _Mesh) -> list[Transfer]:
             gathers=times,
             reductions=mesh.micro_batches if not is_pipeline else 1,
             gathered_bytes=mesh.gathered_bytes,
-            reduced_bytes=mesh.reduced_bytes,
+            reduced_bytes=mesh.widths.reduced_bytes,
             reshards=not is_pipeline,
             stride=tp,
             replicas=dp,

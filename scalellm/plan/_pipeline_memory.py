@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from scalellm.config import BatchPlan, Config, ModelConfig
 from scalellm.plan._record import Trace
 from scalellm.plan._steps import FEW_LAYERS, LAST, MIDDLE
-from scalellm.plan._transfers import FLOAT_BYTES
+from scalellm.plan._transfers import Widths
 from scalellm.plan.live import KINDS, Kind, Segment
 from scalellm.plan.traffic import unit_shapes
 from scalellm.plan.types import Memory
@@ -50,8 +50,8 @@ def pipeline_memory(
     shards = size["fsdp"] * size["cp"] if size["fsdp"] > 1 else 1
     if trace_shards > 1:
         trace = _without_buffers(trace)
-    border_bytes = _border_bytes(config, options, batches, size)
-    widths = _Widths.of(config, options)
+    widths = Widths.of(config.train.precision, options.param_dtype, options.reduce_dtype)
+    border_bytes = _border_numbers(config, options, batches, size) * widths.gathered_bytes
     fullest: Level = Counter()
     for rank, order in enumerate(orders):
         stages = {
@@ -81,29 +81,13 @@ def _without_buffers(trace: Trace) -> Trace:
     return replace(trace, segments=segments)
 
 
-def _border_bytes(
+def _border_numbers(
     config: Config, options: ParallelOptions, batches: BatchPlan, size: Mapping[str, int]
 ) -> int:
     """Of the activations of a micro-batch between two stages."""
     divided = size["cp"] * (size["tp"] if options.sequence_parallel else 1)
     tokens = batches.micro_batch_size * config.model.seq_len // divided
-    return tokens * config.model.hidden_size * _Widths.of(config, options).gathered_bytes
-
-
-@dataclass(frozen=True)
-class _Widths:
-    """Bytes of a number of what is stored of parameters, gathered of them, and of gradients."""
-
-    stored_bytes: int
-    gathered_bytes: int
-    reduced_bytes: int
-
-    @classmethod
-    def of(cls, config: Config, options: ParallelOptions) -> _Widths:
-        stored = FLOAT_BYTES["fp64" if config.train.precision == "fp64" else "fp32"]
-        gathered = FLOAT_BYTES[options.param_dtype] if options.param_dtype else stored
-        reduced = FLOAT_BYTES[options.reduce_dtype] if options.reduce_dtype else gathered
-        return cls(stored, gathered, reduced)
+    return tokens * config.model.hidden_size
 
 
 @dataclass(frozen=True)
@@ -116,7 +100,7 @@ class _Stage:
     is_last: bool
     border_bytes: int
     trace_shards: int
-    widths: _Widths
+    widths: Widths
 
     @property
     def gathered_bytes(self) -> int:

@@ -15,6 +15,22 @@ Phase = Literal["forward", "backward", "step"]
 
 
 @dataclass(frozen=True)
+class Widths:
+    """Bytes of a number of parameters as stored, as gathered (and computed with), of gradients."""
+
+    stored_bytes: int
+    gathered_bytes: int
+    reduced_bytes: int
+
+    @classmethod
+    def of(cls, precision: str, param_dtype: str | None, reduce_dtype: str | None) -> Widths:
+        stored = FLOAT_BYTES["fp64" if precision == "fp64" else "fp32"]
+        gathered = FLOAT_BYTES[param_dtype] if param_dtype else stored
+        reduced = FLOAT_BYTES[reduce_dtype] if reduce_dtype else gathered
+        return cls(stored, gathered, reduced)
+
+
+@dataclass(frozen=True)
 class Transfer:
     """Collectives of one kind, over one optimizer step.
 

@@ -28,7 +28,7 @@ from scalellm.errors import ConfigError
 from scalellm.model import Decoder
 from scalellm.plan._mesh_traffic import mesh_traffic
 from scalellm.plan._ranks import ranks_of
-from scalellm.plan._transfers import FLOAT_BYTES, Shape, Shards, Transfer, elements, sharded
+from scalellm.plan._transfers import FLOAT_BYTES, Shape, Shards, Transfer, Widths, elements, sharded
 from scalellm.plan.types import Collective, CollectiveKind
 from scalellm.strategies import Options, Sharding, Strategy
 from scalellm.strategies._mesh import ParallelOptions
@@ -185,15 +185,13 @@ def _fsdp(
     config: Config, options: FSDPOptions, micro_batches: int, world_size: int
 ) -> list[Transfer]:
     ranks = options.shard_ranks or world_size
-    stored = FLOAT_BYTES["fp64"] if config.train.precision == "fp64" else FLOAT_BYTES["fp32"]
-    gathered = FLOAT_BYTES[options.param_dtype] if options.param_dtype else stored
-    reduced = FLOAT_BYTES[options.reduce_dtype] if options.reduce_dtype else gathered
+    widths = Widths.of(config.train.precision, options.param_dtype, options.reduce_dtype)
     shards = Shards(
         ranks,
         gathers=micro_batches,
         reductions=micro_batches if options.reduce_every_micro_batch else 1,
-        gathered_bytes=gathered,
-        reduced_bytes=reduced,
+        gathered_bytes=widths.gathered_bytes,
+        reduced_bytes=widths.reduced_bytes,
         reshards=options.reshard_after_forward,
         replicas=world_size // ranks,
     )

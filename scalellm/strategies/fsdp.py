@@ -56,10 +56,7 @@ class FSDPOptions(Options):
     cpu_offload: bool = setting(
         False, "keep parameters, gradients and optimizer in host memory; the update runs there"
     )
-    param_dtype: FloatWord | None = setting(
-        None,
-        PARAM_DTYPE,
-    )
+    param_dtype: FloatWord | None = setting(None, PARAM_DTYPE)
     reduce_dtype: FloatWord | None = setting(None, REDUCE_DTYPE)
     reduce_every_micro_batch: bool = setting(
         True,
